@@ -4,6 +4,7 @@ import pytest
 import torch
 from bitnet_arch.quant import dequantize_activations, quantize_activations
 from bitnet_arch.sparsity import Sparsity, block_sparsify, count_kept, sparsify, topk_sparsify
+from durable import UserError
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -181,19 +182,19 @@ def test_autocast_changes_nothing(x: Tensor) -> None:
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_ratio_out_of_range_is_refused_with_the_range(x: Tensor, ratio: float) -> None:
-    with pytest.raises(ValueError, match=r"sparsity\.ratio must be at least 0 and below 1"):
+    with pytest.raises(UserError, match=r"sparsity\.ratio: .*at least 0 and below 1"):
         Sparsity(ratio)
-    with pytest.raises(ValueError, match=r"sparsity\.ratio"):
+    with pytest.raises(UserError, match=r"sparsity\.ratio"):
         topk_sparsify(x, ratio)
 
 
 @pytest.mark.parametrize("block", [1, 0, -4])
 def test_a_block_that_leaves_no_choice_is_refused(block: int) -> None:
-    with pytest.raises(ValueError, match=r"sparsity\.block must be 2 or more"):
+    with pytest.raises(UserError, match=r"sparsity\.block: .*2 or more"):
         Sparsity(0.5, block)
 
 
 @pytest.mark.parametrize("keep", [0, 5])
 def test_keeping_none_or_more_than_a_block_is_refused(x: Tensor, keep: int) -> None:
-    with pytest.raises(ValueError, match="keeps 1 to 4"):
+    with pytest.raises(UserError, match="keep 1 to 4"):
         block_sparsify(x, keep=keep, block=4)

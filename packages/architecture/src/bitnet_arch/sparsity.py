@@ -13,6 +13,7 @@ Shapes: x [..., K]; masks have the shape of x.
 from dataclasses import dataclass
 
 import torch
+from durable import UserError
 from torch import Tensor, nn
 
 
@@ -28,8 +29,10 @@ class Sparsity:
     def __post_init__(self) -> None:
         _check_ratio(self.ratio)
         if self.block is not None and self.block < 2:
-            raise ValueError(
-                f"sparsity.block must be 2 or more, or None for top-k over the whole token, got {self.block}."
+            raise UserError(
+                "sparsity.block: a block needs a choice",
+                self.block,
+                "take 2 or more, or None for top-k",
             )
 
 
@@ -51,7 +54,7 @@ def topk_sparsify(x: Tensor, ratio: float) -> Tensor:
 def block_sparsify(x: Tensor, *, keep: int, block: int) -> Tensor:
     """Keep the `keep` largest magnitudes of every `block` neighbours; the last block may be shorter."""
     if not 1 <= keep <= block:
-        raise ValueError(f"sparsity keeps 1 to {block} of every block of {block}, got {keep}.")
+        raise UserError(f"sparsity: cannot keep that many of a block of {block}", keep, f"keep 1 to {block}")
     return x if keep == block else _keep_in_blocks(x, torch.tensor(keep, device="cpu"), block)
 
 
@@ -112,4 +115,4 @@ def _zero_the_rest(x: Tensor, mask: Tensor) -> Tensor:
 
 def _check_ratio(ratio: float) -> None:
     if not 0 <= ratio < 1:
-        raise ValueError(f"sparsity.ratio must be at least 0 and below 1, got {ratio}.")
+        raise UserError("sparsity.ratio: not a share of the activations", ratio, "at least 0 and below 1")
