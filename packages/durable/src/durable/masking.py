@@ -39,7 +39,7 @@ _SHAPES = re.compile(
 _URL_CREDENTIALS = re.compile(
     r"""(?<=://)(?:
          (?!(?:git|hg)@)[^/?\#\s"'<>]+@
-        |[^/?\#\s"'<>:@]+:(?!\d{1,5}(?:/|\Z))[^\s"'<>]*@   # a password with a slash that nobody encoded
+        |[^/?\#\s"'<>:@]+:(?!\d{1,5}(?:/|\Z))[^\s"'<>]{0,200}@   # a password with a slash that nobody encoded
     )""",
     re.VERBOSE,
 )
@@ -75,8 +75,9 @@ _PLACEHOLDER = re.compile(
 )
 _RANDOM = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[A-Za-z0-9+/=]{16,}\Z")
 _PROSE = re.compile(
-    r"""(?ix)(?:a|an|and|are|cannot|could|does|empty|expected|for|found|has|in|instead|invalid|is|it|may|missing|must
-    |needs|no|not|of|on|or|please|required|set|should|the|this|to|unknown|unset|use|value|was|were|wrong)[.!?]?\Z"""
+    r"""(?ix)(?:a|an|and|are|cannot|could|does|empty|expected|for|found|has|in|instead|invalid|is|it|may|missing
+    |must|needs|no|not|of|on|or|please|required|set|should|the|this|to|unknown|unset|use|value|was|were|wrong)
+    [.!?]?\Z"""
 )
 
 _SECRET_ANYWHERE = re.compile(
@@ -86,12 +87,12 @@ _HARMLESS_LAST = re.compile(
     r"(?:COUNT|DIR|ENABLED|FILE|LEN|LENGTH|NAME|PATH|POLICY|REQUIRED|TIMEOUT|TTL|TYPE|URL)\Z"
 )
 _HARMLESS_BEFORE_KEY = re.compile(
-    r"""(?x)(?:CACHE|COLUMN|CONFIG|DATA|DICT|DIFFERENT|DUPLICATE|EACH|EVERY|FOREIGN|GROUP|INDEX|LABEL|LOOKUP|LOSS
-    |METRIC|MISSING|PARTITION|PRIMARY|PUBLIC|QUERY|SAMPLES?|SORT|STATE|STEP|TEXT|UNKNOWN|WEIGHT)\Z"""
+    r"""(?x)(?:CACHE|COLUMN|CONFIG|DATA|DICT|DIFFERENT|DUPLICATE|EACH|EVERY|FOREIGN|GROUP|INDEX|LABEL|LOOKUP
+    |LOSS|METRIC|MISSING|PARTITION|PRIMARY|PUBLIC|QUERY|SAMPLES?|SORT|STATE|STEP|TEXT|UNKNOWN|WEIGHT)\Z"""
 )
 _HARMLESS_BEFORE_TOKEN = re.compile(
-    r"""(?x)(?:ADDED|ANY|BLANK|BOS|BYTE|CLS|CONTROL|EACH|END|EOS|EVERY|EXTRA|FIRST|IMAGE|LAST|MASK|MAX|MIN|NEXT|NUM
-    |PAD|PER|PREVIOUS|SEP|SPECIAL|START|STOP|TEXT|THE|UNK|UNKNOWN)\Z"""
+    r"""(?x)(?:ADDED|ANY|BLANK|BOS|BYTE|CLS|CONTROL|EACH|END|EOS|EVERY|EXTRA|FIRST|IMAGE|LAST|MASK|MAX|MIN|NEXT
+    |NUM|PAD|PER|PREVIOUS|SEP|SPECIAL|START|STOP|TEXT|THE|UNK|UNKNOWN)\Z"""
 )
 
 
