@@ -1,10 +1,11 @@
 """The quantisation contract that training, packing, export and verification share.
 
-Weights, per tensor (BitNet b1.58, arXiv 2402.17764): s = max(mean|W|, 1e-5), codes = clip(round(W/s), -1, 1), value s·codes.
-Activations, per token: a = max(max|x|, 1e-5), q = round(x·(127/a)), value a/127·q. Rounding is half to even, statistics are fp32,
-and the weight is quantised as stored, before any autocast cast.
+Weights, per tensor (BitNet b1.58, arXiv 2402.17764): s = max(mean|W|, 1e-5), codes = clip(round(W/s), -1, 1),
+value s·codes. Activations, per token: a = max(max|x|, 1e-5), q = round(x·(127/a)), value a/127·q. Rounding is
+half to even, statistics are fp32, and the weight is quantised as stored, before any autocast cast. Nothing
+here has a gradient.
 
-Shapes: weight [N, K]; x [..., K]; q [..., K]; absmax [..., 1].
+Shapes: weight [N, K]; codes [N, K]; x [..., K]; q [..., K]; absmax [..., 1].
 """
 
 from typing import NamedTuple
@@ -24,48 +25,73 @@ class TernaryWeight(NamedTuple):
     scale: Tensor
     """0-d float32."""
 
+    def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the codes stand for, scaled in fp32 and then rounded to `dtype`."""
+        return self.codes.to(torch.float32).mul_(self.scale).to(dtype)
+
+
+def abs_row_sums(weight: Tensor) -> Tensor:
+    """fp32 sum of |W| over each row.
+
+    A row is added up by one thread, so the number of threads does not matter.
+    """
+    return weight.float().abs().sum(dim=-1)
+
+
+@torch.library.custom_op("bitnet_arch::abs_row_sums", mutates_args=())
+def _opaque_abs_row_sums(weight: Tensor) -> Tensor:
+    """`abs_row_sums` as the compiler may not rewrite it: a fused kernel adds in another order, and codes at a
+    tie would flip.
+    """
+    return abs_row_sums(weight)
+
+
+@_opaque_abs_row_sums.register_fake
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[:-1], dtype=torch.float32)
+
 
 def weight_scale(weight: Tensor) -> Tensor:
-    """Mean absolute weight of the whole tensor, the same on any number of threads.
+    """Mean absolute weight of the whole tensor: the float64 sum of fp32 row sums, rounded to fp32.
 
-    A plain fp32 mean depends on how threads split the sum, and with it a code now and then; so does a compiled one. One row is
-    short enough for fp32, the sum over rows is taken in float64.
+    A plain fp32 mean depends on how threads split it, and with it a code now and then.
     """
-    row_sums = weight.float().abs().sum(dim=-1).double()
-    return (row_sums.sum() / weight.numel()).float().clamp(min=EPS)
+    weight = weight.detach()
+    row_sums = _opaque_abs_row_sums(weight) if torch.compiler.is_compiling() else abs_row_sums(weight)
+    return (row_sums.double().sum() / weight.numel()).float().clamp(min=EPS)
 
 
 def quantize_weight(weight: Tensor) -> TernaryWeight:
     """Round a weight to {-1, 0, +1} and its scale."""
+    weight = weight.detach()
     scale = weight_scale(weight)
-    # Fresh memory from the division, so the rest may work in place.
+    # The division made fresh memory, so the rest may work in place.
     codes = (weight.float() / scale).round_().clamp_(-1, 1).to(torch.int8)
     return TernaryWeight(codes, scale)
 
 
 def ternary(weight: Tensor) -> Tensor:
     """The value of the quantised weight, in the dtype of the weight."""
-    codes, scale = quantize_weight(weight)
-    return (codes * scale).to(weight.dtype)
+    return quantize_weight(weight).value(weight.dtype)
 
 
 def token_absmax(x: Tensor) -> Tensor:
-    """Largest magnitude of every token, in fp32; NaN and Inf stay visible."""
-    low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
-    return torch.maximum(high, -low).float().clamp(min=EPS)
+    """Largest magnitude of every token in fp32, at least EPS. NaN and Inf stay visible."""
+    x = x.detach()
+    # Two reductions read x twice and write nothing; |x| first would write a copy of it.
+    return torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)).float().clamp(min=EPS)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Int8 codes and the fp32 absolute maximum of every token."""
+    """Int8 codes and the fp32 absolute maximum of every token.
+
+    No clamp: |x|·(127/a) rounds to 127 at most, and -128 never appears.
+    """
     absmax = token_absmax(x)
-    return round_to_grid(x, absmax).to(torch.int8), absmax
+    q = (x.detach() * (127 / absmax)).round_().to(torch.int8)
+    return q, absmax
 
 
-def round_to_grid(x: Tensor, absmax: Tensor) -> Tensor:
-    """The integers of `quantize_activations`, still in fp32. No clamp: |x|·(127/a) rounds to at most 127."""
-    return (x.detach() * (127 / absmax)).round_()
-
-
-def dequantize_activations(q: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value that int8 activations stand for."""
-    return (q * (absmax / 127)).to(dtype)
+def dequantize_activations(q: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The value that int8 activations stand for, scaled in fp32 and then rounded to `dtype`."""
+    return q.to(torch.float32).mul_(absmax / 127).to(dtype)
