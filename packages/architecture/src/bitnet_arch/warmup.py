@@ -1,4 +1,4 @@
-"""When quantisation comes in: λ over the first optimizer steps, as in "Fine-tuning LLMs to 1.58bit" (HF, 2024).
+"""When quantisation comes in: λ over the first optimizer steps ("Fine-tuning LLMs to 1.58bit", HF, 2024).
 
     λ(step) = min + (max - min)·shape(min(step / warmup_steps, 1)),   shape: linear p, cosine (1 - cos πp) / 2
 
@@ -10,10 +10,10 @@ import math
 from enum import StrEnum
 from typing import Any
 
-from durable import ExitCode, UserError
 from torch import nn
 
 from bitnet_arch.bitlinear import BitLinear, set_quant_amount
+from durable import ExitCode, UserError
 
 
 class Schedule(StrEnum):
