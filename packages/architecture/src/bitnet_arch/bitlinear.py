@@ -205,10 +205,11 @@ def set_quant_amount(model: nn.Module, amount: float, *, activations: bool = Tru
 
 
 def set_subln_amount(model: nn.Module, amount: float) -> None:
-    """Set μ of all ternary layers that hold a SubLN."""
+    """Set μ of every SubLN that conversion added; a norm that was the architecture's own stays in full."""
     amount = _checked_amount("subln_amount", amount)
     for layer in bitlinears(model):
-        layer.subln_amount = amount
+        if layer.input_norm is None or not layer.input_norm.is_own:
+            layer.subln_amount = amount
 
 
 def set_sparsity(model: nn.Module, sparsity: Sparsity | None) -> None:
