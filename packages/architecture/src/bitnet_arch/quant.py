@@ -61,13 +61,16 @@ def weight_scale(weight: Tensor) -> Tensor:
     return (row_sums.double().sum() / weight.numel()).float().clamp(min=EPS)
 
 
+def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """The int8 codes of a weight whose scale is known."""
+    # The division makes fresh memory, so the rest may work in place.
+    return (weight.detach().float() / scale).round_().clamp_(-1, 1).to(torch.int8)
+
+
 def quantize_weight(weight: Tensor) -> TernaryWeight:
     """Round a weight to {-1, 0, +1} and its scale."""
-    weight = weight.detach()
     scale = weight_scale(weight)
-    # The division made fresh memory, so the rest may work in place.
-    codes = (weight.float() / scale).round_().clamp_(-1, 1).to(torch.int8)
-    return TernaryWeight(codes, scale)
+    return TernaryWeight(round_weight(weight, scale), scale)
 
 
 def ternary(weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
                  └─ max|x| ► a        │
         W ── round ► codes int8, s ───┘
 
-Backward keeps int8 activations, row scales and int8 codes, never a dequantised copy:
+Backward keeps int8 activations, row scales and (in eager mode) int8 codes, never a dequantised copy:
 dx = dy @ (s·codes), dW = dyᵀ @ (a/127·q): the gradients of a plain linear layer that was given the quantised
 values.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from bitnet_arch import gemm
-from bitnet_arch.quant import TernaryWeight, dequantize_activations
+from bitnet_arch.quant import TernaryWeight, dequantize_activations, round_weight
 
 
 class TernaryProduct(torch.autograd.Function):
@@ -45,17 +45,20 @@ class TernaryProduct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, q, absmax, codes, scale, _, ctx.backward_dtype = inputs  # type: ignore[attr-defined]
-        ctx.save_for_backward(q, absmax, codes, scale)
+        # A compiled backward rounds the weight again in the pass that scales it, and so keeps no codes at all.
+        kept_weight = weight if torch.compiler.is_compiling() else codes
+        ctx.save_for_backward(q, absmax, kept_weight, scale)
         ctx.dtypes = (x.dtype, weight.dtype)  # type: ignore[attr-defined]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, absmax, codes, scale = ctx.saved_tensors
+        q, absmax, kept_weight, scale = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
         dtype = ctx.backward_dtype or gemm.backward_dtype(grad)
         rows = grad.reshape(-1, grad.shape[-1]).to(dtype)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
+            codes = round_weight(kept_weight, scale) if kept_weight.is_floating_point() else kept_weight
             grad_x = gemm.matmul(rows, TernaryWeight(codes, scale).value(dtype)).to(x_dtype).reshape(q.shape)
         if ctx.needs_input_grad[1]:
             value = dequantize_activations(q.reshape(-1, q.shape[-1]), absmax.reshape(-1, 1), dtype)
