@@ -45,7 +45,7 @@ class TernaryProduct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, q, absmax, codes, scale, _, ctx.backward_dtype = inputs  # type: ignore[attr-defined]
-        # A compiled backward rounds the weight again in the pass that scales it, and so keeps no codes at all.
+        # A compiled backward rounds the weight again in the pass that scales it, and so keeps no codes.
         kept_weight = weight if torch.compiler.is_compiling() else codes
         ctx.save_for_backward(q, absmax, kept_weight, scale)
         ctx.dtypes = (x.dtype, weight.dtype)  # type: ignore[attr-defined]
