@@ -31,8 +31,8 @@ from durable.tree import open_plain_file
 MANIFEST_NAME = "manifest.json"
 FORMAT = "durable-manifest"
 VERSION = 1
-LARGEST_MANIFEST = 8 * 2**20
-"""Bytes. Enough for some 50,000 files; parsing the worst that fits takes less than 200 MB."""
+LARGEST_MANIFEST = 4 * 2**20
+"""Bytes. Enough for some 25,000 files; the worst that fits takes a second and 100 MB to parse."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
