@@ -344,7 +344,8 @@ def print_table(dtype: str, results: dict[str, Result], num_tokens: int) -> None
         # Ratios of the same repeat: what slows the machine down slows both.
         speed = statistics.median(b / r for b, r in zip(base.step_ms, result.step_ms, strict=True))
         share = result.saved_mib / base.saved_mib
-        times = f"{result.median:.0f} | {low:.0f}–{high:.0f} | {1e3 * num_tokens / result.median:.0f} | {speed:.2f}"
+        rate = 1e3 * num_tokens / result.median
+        times = f"{result.median:.0f} | {low:.0f}–{high:.0f} | {rate:.0f} | {speed:.2f}"
         print(f"| {name} | {times} | {result.saved_mib:.1f} | {share:.2f} | {result.loss:.4f} |", flush=True)
 
 

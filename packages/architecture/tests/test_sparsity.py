@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
 from bitnet_arch.quant import dequantize_activations, quantize_activations
 from bitnet_arch.sparsity import Sparsity, block_sparsify, count_kept, sparsify, topk_sparsify
 from durable import UserError
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import linear
+
 from bitnet_arch.bitlinear import BitLinear, BitLinearNoActivationQuant
 from bitnet_arch.quant import dequantize_activations, quantize_activations, ternary
 from bitnet_arch.warmup import BitLinearWithWarmup, LambdaWarmup
 from durable import UserError
-from torch import nn
-from torch.nn.functional import linear
 
 
 def layers() -> nn.Sequential:

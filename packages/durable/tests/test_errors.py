@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+
 from durable import ExitCode, UserError, error_line
 
 

@@ -5,6 +5,7 @@ import time
 import traceback
 
 import pytest
+
 from durable import UserError, error_line, mask_secrets
 
 CANARY = "c4n4ry"

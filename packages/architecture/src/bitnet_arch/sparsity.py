@@ -13,8 +13,9 @@ Shapes: x [..., K]; masks have the shape of x.
 from dataclasses import dataclass
 
 import torch
-from durable import UserError
 from torch import Tensor, nn
+
+from durable import UserError
 
 
 @dataclass(frozen=True, slots=True)

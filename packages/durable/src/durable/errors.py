@@ -2,8 +2,8 @@
 
     error: <key or file>: <what is wrong> (found <X>); fix: <what to do>
 
-One line whatever went in: newlines become spaces, control characters are spelled out, long values lose their
-middle, secrets become `***`. All of that happens when the error is made, so no logger can undo it.
+One line whatever went in: newlines become spaces, control characters are spelled out, long values lose
+their middle, secrets become `***`. All of that happens when the error is made, so no logger can undo it.
 """
 
 import re
@@ -43,11 +43,11 @@ class UserError(Exception):
         choices: Iterable[object] | None = None,
     ) -> None:
         assert exit_code != 0, "an error is never a success"
-        self.what = _one_line(_mask_what(what), longest=800)
-        self.found = None if found is None else _one_line(_mask_found(what, found), longest=200)
-        self.fix = None if fix is None else _one_line(mask_secrets(fix), longest=500)
+        self.what = _one_line(_mask_what(_cut(what)), longest=800)
+        self.found = None if found is None else _one_line(_mask_found(what, _cut(str(found))), longest=200)
+        self.fix = None if fix is None else _one_line(mask_secrets(_cut(fix)), longest=500)
         self.exit_code = int(exit_code)
-        names = [_one_line(mask_secrets(str(choice)), longest=80) for choice in choices or ()]
+        names = [_one_line(mask_secrets(_cut(str(choice))), longest=80) for choice in choices or ()]
         self.choices = tuple(names if self.found is None else closest_first(self.found, names))
         super().__init__(self.what, self.found, self.fix, self.exit_code, self.choices)
 
@@ -71,7 +71,7 @@ def error_line(error: BaseException) -> str:
     """The line to print on stderr, for any exception; after a `UserError`, exit with its `exit_code`."""
     if isinstance(error, UserError):
         return f"error: {error}"
-    text = _one_line(mask_secrets(str(error)), longest=800)
+    text = _one_line(mask_secrets(_cut(str(error))), longest=800)
     return f"error: {type(error).__name__}: {text}" if text else f"error: {type(error).__name__}"
 
 
@@ -98,10 +98,10 @@ def _mask_what(what: str) -> str:
     )
 
 
-def _mask_found(what: str, found: object) -> str:
+def _mask_found(what: str, found: str) -> str:
     """What was found under a key whose name says secret is one, whatever it looks like."""
     subject = re.match(r"[\w.-]+", what)
-    return MASK if subject and is_secret_name(subject[0]) else mask_secrets(str(found))
+    return MASK if subject and is_secret_name(subject[0]) else mask_secrets(found)
 
 
 def _one_line(text: str, *, longest: int) -> str:
@@ -111,6 +111,11 @@ def _one_line(text: str, *, longest: int) -> str:
         text = "".join(
             char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
         )
+    return _cut(text, longest)
+
+
+def _cut(text: str, longest: int = 20_000) -> str:
+    """The beginning and the end. Before masking, it only saves time: far more is kept than is shown."""
     if len(text) <= longest:
         return text
     head, tail = longest * 2 // 3, longest // 3

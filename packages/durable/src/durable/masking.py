@@ -1,6 +1,6 @@
 """Take secrets out of text before a person, a log or a report sees it.
 
-Three nets, widest last: shapes that only credentials have (`hf_…`, `sk-…`, `ghp_…`, web tokens, PEM keys,
+Three nets, widest last: shapes that only credentials have (`hf_…`, `sk-…`, web tokens, PEM keys,
 `Authorization:` headers, `user:password@` in a URL); values written after a name that says so (`api_key=…`,
 `"HF_TOKEN": "…"`, `--password …`); and, anywhere, the values of environment variables with such a name.
 
