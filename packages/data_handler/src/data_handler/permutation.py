@@ -56,7 +56,7 @@ def _shuffled(values: _Places, side: int, keys: list[int]) -> _Places:
 
 
 def _mixed(bits: _Places) -> _Places:
-    """A hash of 32 bits to 32 bits (Wellons's "lowbias32", its second factor cut to 31 bits to stay below 2^63)."""
+    """A hash of 32 bits: Wellons's "lowbias32", its second factor cut to 31 bits to stay below 2^63."""
     bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     bits = ((bits ^ (bits >> 15)) * 0x046CA68B) & 0xFFFFFFFF
     return bits ^ (bits >> 16)

@@ -175,6 +175,39 @@ class Shards:
             found.append(part.offsets[first:last] + base)
         return np.unique(_joined(found, np.dtype(np.int64)))
 
+    def read_blocks(
+        self,
+        starts: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        loss: NDArray[np.uint8] | None = None,
+    ) -> list[NDArray[np.int64]]:
+        """Copy the blocks that begin at `starts` into `rows` of `tokens` [B, T], and their marks into `loss`.
+
+        Returns where documents begin, counted through all of `tokens`. One pass over the blocks of a part
+        looks them up together: this is the inner loop of training.
+        """
+        length, found = tokens.shape[1], []
+        first = np.array(self._first_token)
+        number = np.searchsorted(first, starts, side="right") - 1
+        whole = starts + length <= first[number + 1]
+        for part_number in np.unique(number[whole]).tolist():
+            part, base = self._parts[part_number].checked(), self._first_token[part_number]
+            mine = whole & (number == part_number)
+            local = starts[mine] - base
+            bounds = np.searchsorted(part.offsets, [local, local + length]).T.tolist()
+            for row, low, (begin, end) in zip(rows[mine].tolist(), local.tolist(), bounds, strict=True):
+                tokens[row] = part.tokens[low : low + length]
+                found.append(part.offsets[begin:end] + (row * length - low))
+                if loss is not None and part.loss is not None:
+                    loss[row] = part.loss[low : low + length]
+        for row, start in zip(rows[~whole].tolist(), starts[~whole].tolist(), strict=True):
+            tokens[row] = self.tokens(start, start + length)
+            found.append(self.document_starts(start, start + length) + (row * length - start))
+            if loss is not None:
+                loss[row] = self.loss(start, start + length)
+        return found
+
     def _pieces(self, start: int, stop: int) -> "Iterator[tuple[_Part, int, int, int]]":
         """(part, first and last token in it, where it begins in the stream) of a stretch of the stream."""
         if not 0 <= start <= stop <= self.num_tokens:

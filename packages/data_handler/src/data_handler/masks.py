@@ -1,0 +1,61 @@
+"""Attention that stays inside documents: what a packed batch needs to mean the same as its documents alone.
+
+transformers guesses packing from position ids only when there is no cache; an explicit mask always holds.
+`attention_mask` is what `model(input_ids, position_ids=…, attention_mask=…)` takes with SDPA attention: one
+boolean mask, or one for each kind of layer when some see a sliding window only. `flex_mask` is the same for
+FlexAttention, which skips the blocks that nobody sees.
+
+Shapes: B samples, T tokens; queries are rows, keys are columns.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def document_mask(document_ids: Tensor, *, causal: bool = True, sliding_window: int | None = None) -> Tensor:
+    """[B, T] → [B, 1, T, T] boolean: True where a query may look at a key.
+
+    With a window, a token sees itself and the `sliding_window - 1` before it (and after it, unless causal).
+    """
+    length = document_ids.shape[-1]
+    place = torch.arange(length, device=document_ids.device)
+    distance_TT = place[:, None] - place[None, :]
+    allowed = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    if causal:
+        allowed = allowed & (distance_TT >= 0)
+    if sliding_window is not None:
+        allowed = allowed & (distance_TT.abs() < sliding_window)
+    return allowed
+
+
+def attention_mask(config: Any, document_ids: Tensor, *, causal: bool = True) -> Tensor | dict[str, Tensor]:
+    """The mask for a transformers model with this `config`; a dict by layer type where it has several."""
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        return document_mask(document_ids, causal=causal, sliding_window=window)
+    windows = {"full_attention": None, "sliding_attention": window}
+    foreign = [kind for kind in kinds if kind not in windows]
+    if foreign:
+        raise ValueError(
+            f"Cannot mask documents in layers of type {foreign[0]!r}; {' and '.join(windows)} are known."
+        )
+    return {kind: document_mask(document_ids, causal=causal, sliding_window=windows[kind]) for kind in kinds}
+
+
+def flex_mask(document_ids: Tensor, *, causal: bool = True, sliding_window: int | None = None) -> Any:
+    """The same as `document_mask`, as a `BlockMask` of `torch.nn.attention.flex_attention`."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = document_ids[sample, query] == document_ids[sample, key]
+        if causal:
+            same = same & (query >= key)
+        if sliding_window is not None:
+            same = same & ((query - key).abs() < sliding_window)
+        return same
+
+    num_samples, length = document_ids.shape
+    return create_block_mask(allowed, num_samples, None, length, length, device=str(document_ids.device))

@@ -1,0 +1,91 @@
+"""Packed blocks are checked against a loop over tokens that knows where documents are."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_handler.packing import pack_blocks
+from data_handler.shards import ShardHeader, Shards, finish, write_part
+
+
+def prepare(directory: Path, parts: list[list[list[int]]], *, loss: bool = False) -> Shards:
+    """A directory with these documents, part by part; odd tokens are wanted when `loss`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype("<u2")
+    written = []
+    for index, part in enumerate(parts):
+        documents = [np.array(document, np.int64) for document in part]
+        marks = [document % 2 for document in documents] if loss else None
+        written.append(write_part(directory, index, documents, dtype, marks))
+    header = ShardHeader(
+        vocab_size=512,
+        eos_token_id=0,
+        tokenizer_fingerprint="t",
+        source_fingerprint="s",
+        source=directory.name,
+        licence="CC0-1.0",
+        domain="text",
+        split="train",
+        parts=tuple(written),
+    )
+    finish(directory, header)
+    return Shards.open(directory)
+
+
+@given(
+    st.lists(st.lists(st.lists(st.integers(0, 511), max_size=9), max_size=5), min_size=1, max_size=4),
+    st.integers(1, 7),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_blocks_restart_positions_and_labels_at_every_document(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[list[list[int]]], block_size: int, loss: bool
+) -> None:
+    shards = prepare(tmp_path_factory.mktemp("shards"), parts, loss=loss)
+    num_blocks = shards.num_tokens // block_size
+    rows = np.arange(num_blocks)[::-1].copy()
+
+    batch = pack_blocks(
+        {3: shards},
+        source_id=np.full(num_blocks, 3),
+        starts=rows * block_size,
+        sample_id=rows + 100,
+        block_size=block_size,
+    )
+
+    stream = [(token, place) for part in parts for document in part for place, token in enumerate(document)]
+    for row, block in enumerate(rows.tolist()):
+        position, document = -1, -1
+        for column in range(block_size):
+            token, place = stream[block * block_size + column]
+            begins = place == 0 or column == 0
+            position, document = (0, document + 1) if begins else (position + 1, document)
+            label = -100 if begins or (loss and token % 2 == 0) else token
+            got = (batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
+            assert [int(tensor[row, column]) for tensor in got] == [token, label, position, document]
+    assert batch.sample_id.tolist() == (rows + 100).tolist()
+    assert set(batch.source_id.tolist()) <= {3}
+    assert all(tensor.dtype == torch.int64 for tensor in (*got, batch.source_id)) if num_blocks else True
+
+
+def test_samples_of_several_sources_keep_their_rows(tmp_path: Path) -> None:
+    low = prepare(tmp_path / "low", [[[1, 2, 3]], [[4, 5, 6, 7]]], loss=True)
+    high = prepare(tmp_path / "high", [[[101, 102, 103, 104, 105, 106]]])
+    seen: list[int] = []
+
+    batch = pack_blocks(
+        {0: low, 2: high},
+        source_id=np.array([2, 0, 2, 0]),
+        starts=np.array([3, 2, 0, 0]),
+        sample_id=np.arange(4),
+        block_size=3,
+        reading=seen.append,
+    )
+
+    assert batch.input_ids.tolist() == [[104, 105, 106], [3, 4, 5], [101, 102, 103], [1, 2, 3]]
+    assert batch.labels.tolist() == [[-100, 105, 106], [-100, -100, 5], [-100, 102, 103], [-100, -100, 3]]
+    assert seen == [0, 2]
