@@ -1,0 +1,212 @@
+"""Processes that read and pack batches ahead of training.
+
+    main      resolves which blocks (schedule, epochs) ──request──► worker w = request % W
+    worker    maps the shards, packs, writes into a shared slot ──answer──► main copies the slot out, in order
+
+The order is decided before a request leaves, so workers know nothing of mixtures or weights. Each notes which
+source it is about to read in shared memory: when one dies, its last note outlives it and names the source.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_handler.packing import pack_blocks
+from data_handler.shards import Shards
+from data_handler.types import Batch
+from durable import ExitCode, UserError
+
+PREFETCH = 2
+"""Batches that each worker prepares ahead."""
+_PER_TOKEN = ("input_ids", "labels", "position_ids", "document_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Blocks to pack into one batch."""
+
+    source_id: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    sample_id: NDArray[np.int64]
+
+
+class WorkerPool:
+    """`num_workers` processes; answers come back in the order of the requests."""
+
+    def __init__(
+        self,
+        directories: Mapping[str, Path],
+        *,
+        num_workers: int,
+        batch_size: int,
+        block_size: int,
+    ) -> None:
+        self._names = tuple(directories)
+        self._slots = torch.empty(num_workers, PREFETCH, 4, batch_size, block_size, dtype=torch.int64)
+        self._slots.share_memory_()  # type: ignore[no-untyped-call]
+        self._waiting: deque[Request] = deque()
+        self._num_sent = self._num_received = 0
+        context = multiprocessing.get_context()
+        self._workers = [
+            _Worker(context, number, self._slots[number], list(directories.values()))
+            for number in range(num_workers)
+        ]
+
+    @property
+    def capacity(self) -> int:
+        """Requests that may be under way at once."""
+        return len(self._workers) * PREFETCH
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests under way."""
+        return len(self._waiting)
+
+    def send(self, request: Request) -> None:
+        """Ask for a batch; `receive` returns it when its turn comes."""
+        assert self.num_waiting < self.capacity, "a slot would be overwritten"
+        worker, slot = self._place_of(self._num_sent)
+        try:
+            self._workers[worker].pipe.send((slot, request))
+        except OSError:
+            raise self._died(worker, request) from None
+        self._num_sent += 1
+        self._waiting.append(request)
+
+    def receive(self) -> Batch:
+        """The next batch; UserError (exit code 4) as soon as a worker is found dead."""
+        worker, slot = self._place_of(self._num_received)
+        request = self._waiting[0]
+        ours = self._workers[worker]
+        everyone = [other.process.sentinel for other in self._workers]
+        while not ours.pipe.poll():
+            self._require_alive(request)
+            multiprocessing.connection.wait([ours.pipe, *everyone], timeout=5.0)
+        self._require_alive(request)
+        try:
+            failure = ours.pipe.recv()
+        except (EOFError, OSError):
+            raise self._died(worker, request) from None
+        self._num_received += 1
+        self._waiting.popleft()
+        if failure is not None:
+            raise failure
+        tokens = {name: self._slots[worker, slot, place].clone() for place, name in enumerate(_PER_TOKEN)}
+        ids = {"source_id": request.source_id, "sample_id": request.sample_id}
+        return Batch(**tokens, **{name: torch.from_numpy(value) for name, value in ids.items()})
+
+    def discard(self) -> None:
+        """Wait for what is under way and drop it."""
+        while self._waiting:
+            self.receive()
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join()
+            worker.pipe.close()
+        self._workers = []
+
+    def _place_of(self, number: int) -> tuple[int, int]:
+        turn, worker = divmod(number, len(self._workers))
+        return worker, turn % PREFETCH
+
+    def _require_alive(self, request: Request) -> None:
+        for number, worker in enumerate(self._workers):
+            if not worker.process.is_alive():
+                raise self._died(number, request)
+
+    def _died(self, number: int, request: Request) -> UserError:
+        """Names what the worker read, or was to read next when it was idle."""
+        worker = self._workers[number]
+        worker.process.join(timeout=1.0)
+        code, source = worker.process.exitcode, int(worker.reading[0])
+        name = self._names[source if source >= 0 else int(request.source_id[0])]
+        how = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
+        return UserError(
+            f"data.sources.{name}: the worker {'reading' if source >= 0 else 'about to read'} it died",
+            f"process {worker.process.pid} {how}",
+            "see whether memory ran out; lower data.num_workers (0 reads in the training process)",
+            ExitCode.BAD_DATA,
+        )
+
+
+class _Worker:
+    """One process and the main process's ends of what they share."""
+
+    def __init__(self, context: Any, number: int, slots: Tensor, directories: list[Path]) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.reading = torch.full((1,), -1, dtype=torch.int64)
+        self.reading.share_memory_()  # type: ignore[no-untyped-call]
+        self.process = context.Process(
+            target=_work,
+            args=(theirs, slots, self.reading, directories, os.getpid()),
+            name=f"data-worker-{number}",
+            daemon=True,
+        )
+        self.process.start()
+        theirs.close()
+
+
+def _work(
+    pipe: multiprocessing.connection.Connection,
+    slots: Tensor,
+    reading: Tensor,
+    directories: list[Path],
+    parent: int,
+) -> None:
+    """Answer requests until the parent goes; Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    shards: dict[int, Shards] = {}
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            # A forked sibling may hold the other end of the pipe open, so its closing alone tells nothing.
+            while not pipe.poll(5.0):
+                if os.getppid() != parent:
+                    return
+            slot, request = pipe.recv()
+            pipe.send(_answered(request, slots[slot], shards, directories, reading))
+
+
+def _answered(
+    request: Request, slot: Tensor, shards: dict[int, Shards], directories: list[Path], reading: Tensor
+) -> UserError | None:
+    """Fill the slot; the error to raise in the main process instead, if there is one."""
+
+    def note(source: int) -> None:
+        reading[0] = source
+
+    try:
+        for source in set(request.source_id.tolist()) - shards.keys():
+            note(source)
+            shards[source] = Shards.open(directories[source])
+        batch = pack_blocks(
+            shards,
+            source_id=request.source_id,
+            starts=request.starts,
+            sample_id=request.sample_id,
+            block_size=slot.shape[-1],
+            reading=note,
+        )
+        for place, name in enumerate(_PER_TOKEN):
+            slot[place, : len(batch)] = getattr(batch, name)
+    except UserError as error:
+        return error
+    note(-1)
+    return None
