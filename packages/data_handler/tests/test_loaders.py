@@ -234,7 +234,7 @@ def test_a_shard_that_shrinks_under_the_loader_is_one_line(tmp_path: Path, num_w
         MixtureSchedule({"web": 1.0}, 0),
         block_size=50,
         batch_size=3,
-        num_samples=300,
+        num_samples=30_000,
         num_workers=num_workers,
     ) as ours:
         batches = iter(ours)

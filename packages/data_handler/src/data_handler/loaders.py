@@ -14,6 +14,7 @@ that seed, source and epoch permute. The state is the next sample and the histor
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_handler.mixture import MixtureSchedule
-from data_handler.packing import pack_blocks
+from data_handler.packing import batch_of, pack_blocks
 from data_handler.permutation import key_of, permuted
 from data_handler.shards import Shards
 from data_handler.types import Batch
@@ -31,6 +32,9 @@ from data_handler.workers import Request, WorkerPool
 from durable import ExitCode, UserError
 
 logger = logging.getLogger(__name__)
+
+TOKENS_AT_ONCE = 2**18
+"""Micro-batches up to this size are read together: a call to numpy costs as much as thousands of tokens."""
 
 
 class TrainingLoader:
@@ -66,32 +70,20 @@ class TrainingLoader:
         self._directories = [Path(directories[name]) for name in schedule.names]
         self._shards: dict[int, Shards] = {}
         self._epochs: dict[int, int] = {}
-        self._windows: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._packed = np.empty((4, 0, 0), np.int64)
         self._pool: WorkerPool | None = None
         self._jumps = 0
         self._open_sources()
         self.seek(0)
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead, jumps = self.next_sample, self._jumps
         while self.next_sample < self.num_samples:
-            if jumps != self._jumps:  # sought or reweighted: what was asked for is not what comes next
-                ahead, jumps = self.next_sample, self._jumps
-                if self._pool is not None:
-                    self._pool.discard()
-            if self.num_workers == 0:
-                request = self._request(self.next_sample)
-                batch = pack_blocks(
-                    self._shards,
-                    source_id=request.source_id,
-                    starts=request.starts,
-                    sample_id=request.sample_id,
-                    block_size=self.block_size,
-                )
-            else:
-                ahead, batch = self._from_workers(ahead)
-            self.next_sample += self._stride
-            yield batch.pin_memory() if self.pin_memory else batch
+            jumps = self._jumps
+            for batch in self._read_local() if self.num_workers == 0 else self._read_by_workers():
+                self.next_sample += self._stride
+                yield batch.pin_memory() if self.pin_memory else batch
+                if jumps != self._jumps:  # sought or reweighted: what was read ahead is not what comes next
+                    break
 
     def __len__(self) -> int:
         """Micro-batches that are left for this rank."""
@@ -125,7 +117,6 @@ class TrainingLoader:
         """New weights from the next window on; returns its first sample. Call it alike on every rank."""
         start = self.schedule.reweight(max(0, self.next_sample - 1), weights)
         self._open_sources()
-        self._windows.clear()
         self._jumps += 1
         return start
 
@@ -153,7 +144,6 @@ class TrainingLoader:
             )
         self.schedule.load_state_dict(state)
         self._open_sources()
-        self._windows.clear()
         self.seek(state["next_sample"])
 
     @property
@@ -161,8 +151,29 @@ class TrainingLoader:
         """Samples of one micro-batch on all ranks."""
         return self.world_size * self.batch_size
 
-    def _from_workers(self, ahead: int) -> tuple[int, Batch]:
-        """The batch at `next_sample`, after asking for those that follow it, up to `ahead`."""
+    def _read_local(self) -> Iterator[Batch]:
+        """The micro-batches of one plan, packed in memory that is used again and again."""
+        request = self._plan(self.next_sample)
+        shape = (4, len(request.sample_id), self.block_size)
+        if self._packed.shape != shape:
+            self._packed = np.empty(shape, np.int64)
+        pack_blocks(
+            self._shards,
+            source_id=request.source_id,
+            starts=request.starts,
+            sample_id=request.sample_id,
+            block_size=self.block_size,
+            out=self._packed,
+        )
+        packed = torch.from_numpy(self._packed)
+        for place, micro in enumerate(request.split(self.batch_size)):
+            rows = slice(place * self.batch_size, (place + 1) * self.batch_size)
+            yield batch_of(
+                packed[:, rows].clone(memory_format=torch.contiguous_format), micro.source_id, micro.sample_id
+            )
+
+    def _read_by_workers(self) -> Iterator[Batch]:
+        """All micro-batches from `next_sample` on; each worker has the next ones under way meanwhile."""
         if self._pool is None:
             self._pool = WorkerPool(
                 dict(zip(self.schedule.names, self._directories, strict=True)),
@@ -170,32 +181,32 @@ class TrainingLoader:
                 batch_size=self.batch_size,
                 block_size=self.block_size,
             )
-        while ahead < self.num_samples and self._pool.num_waiting < self._pool.capacity:
-            self._pool.send(self._request(ahead))
-            ahead += self._stride
-        return ahead, self._pool.receive()
+        self._pool.discard()
+        planned: deque[Request] = deque()
+        ahead = self.next_sample
+        while ahead < self.num_samples or planned or self._pool.num_waiting:
+            while self._pool.num_waiting < self._pool.capacity and (planned or ahead < self.num_samples):
+                if not planned:
+                    planned += self._plan(ahead).split(self.batch_size)
+                    ahead += len(planned) * self._stride
+                self._pool.send(planned.popleft())
+            yield self._pool.receive()
 
-    def _request(self, first: int) -> Request:
-        """The micro-batch of this rank among the `_stride` samples from `first` on."""
-        sample_id = np.arange(first + self.rank * self.batch_size, first + (self.rank + 1) * self.batch_size)
-        window_samples = self.schedule.window_samples
-        windows = range(int(sample_id[0]) // window_samples, int(sample_id[-1]) // window_samples + 1)
-        sources, starts = zip(*(self._window(number) for number in windows), strict=True)
-        places = sample_id - windows[0] * window_samples
-        return Request(np.concatenate(sources)[places], np.concatenate(starts)[places], sample_id)
-
-    def _window(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sources and first tokens of a window's samples; the last few windows are kept."""
-        if number not in self._windows:
-            while len(self._windows) > 3:
-                del self._windows[next(iter(self._windows))]
-            source, index = self.schedule.window(number)
-            starts = np.empty_like(index)
-            for place in np.unique(source).tolist():
-                mine = source == place
-                starts[mine] = self._blocks(place, index[mine]) * self.block_size
-            self._windows[number] = source, starts
-        return self._windows[number]
+    def _plan(self, first: int) -> Request:
+        """This rank's micro-batches from global sample `first` on, as many as are read together."""
+        left = (self.num_samples - first) // self._stride
+        num = max(1, min(left, TOKENS_AT_ONCE // (self.batch_size * self.block_size)))
+        begins = first + self.rank * self.batch_size + self._stride * np.arange(num)
+        sample_id = (begins[:, None] + np.arange(self.batch_size)).reshape(-1)
+        windows, places = np.divmod(sample_id, self.schedule.window_samples)
+        located = [
+            self.schedule.window(number, places[windows == number]) for number in np.unique(windows).tolist()
+        ]
+        source_id, index = (np.concatenate(column) for column in zip(*located, strict=True))
+        for source in np.unique(source_id).tolist():
+            mine = source_id == source
+            index[mine] = self._blocks(source, index[mine])
+        return Request(source_id, index * self.block_size, sample_id)
 
     def _blocks(self, source: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which block each of these samples of a source is."""

@@ -97,9 +97,11 @@ class MixtureSchedule:
         source, index = self._located(window, np.array([place]))
         return self.names[int(source[0])], int(index[0])
 
-    def window(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """All samples of a window: places of their sources in `names`, and indices in these."""
-        return self._located(number, np.arange(self.window_samples))
+    def window(
+        self, number: int, places: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Samples of a window, all or those at `places`: where their sources are in `names`, and indices."""
+        return self._located(number, np.arange(self.window_samples) if places is None else places)
 
     def counts(self, num_samples: int) -> dict[str, int]:
         """How many of the first `num_samples` come from each source."""

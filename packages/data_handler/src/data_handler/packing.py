@@ -30,12 +30,15 @@ def pack_blocks(
     sample_id: NDArray[np.int64],
     block_size: int,
     reading: Callable[[int], None] | None = None,
+    out: NDArray[np.int64] | None = None,
 ) -> Batch:
     """The batch whose sample b is `block_size` tokens of source `source_id[b]` from token `starts[b]` on.
 
-    `reading` is told each source before it is read.
+    `reading` is told each source before it is read. With `out` [4, B, T] the batch lies in that memory.
     """
-    input_ids = np.empty((len(source_id), block_size), np.int64)
+    if out is None:
+        out = np.empty((4, len(source_id), block_size), np.int64)
+    input_ids = out[0]
     wanted, borders = sorted(set(source_id.tolist())), []
     loss = np.ones(input_ids.shape, np.uint8) if any(sources[source].has_loss for source in wanted) else None
     for source in wanted:
@@ -43,32 +46,43 @@ def pack_blocks(
             reading(source)
         rows = np.flatnonzero(source_id == source)
         borders += sources[source].read_blocks(starts[rows], rows, input_ids, loss)
-    return _typed(input_ids, borders, loss, source_id, sample_id)
+    _fill_rest(out, borders, loss)
+    return batch_of(torch.from_numpy(out), source_id, sample_id)
 
 
-def _typed(
-    input_ids: NDArray[np.int64],
-    borders: list[NDArray[np.int64]],
-    loss: NDArray[np.uint8] | None,
-    source_id: NDArray[np.int64],
-    sample_id: NDArray[np.int64],
-) -> Batch:
+def batch_of(per_token: torch.Tensor, source_id: NDArray[np.int64], sample_id: NDArray[np.int64]) -> Batch:
+    """A batch from what `pack_blocks` fills: input ids, labels, positions and documents in one tensor."""
+    input_ids, labels, position_ids, document_ids = per_token
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=position_ids,
+        document_ids=document_ids,
+        source_id=torch.from_numpy(source_id.copy()),
+        sample_id=torch.from_numpy(sample_id.copy()),
+    )
+
+
+def _fill_rest(
+    out: NDArray[np.int64], borders: list[NDArray[np.int64]], loss: NDArray[np.uint8] | None
+) -> None:
+    """Labels, positions and documents of the tokens in `out[0]`, in place: new pages cost more than sums."""
+    input_ids, labels, positions, documents = out
     num_rows, length = input_ids.shape
     row_starts = np.arange(num_rows) * length
     begins = np.unique(np.concatenate([row_starts, *borders]))
-    lengths = np.diff(begins, append=input_ids.size)
-    first_of_row = np.searchsorted(begins, row_starts)
-    number = np.arange(len(begins)) - first_of_row[begins // length]
-    labels = input_ids.copy()
+    np.copyto(labels, input_ids)
     labels.reshape(-1)[begins] = IGNORED_LABEL
     if loss is not None:
         labels[loss == 0] = IGNORED_LABEL
-    positions = np.arange(input_ids.size) - np.repeat(begins, lengths)
-    return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(positions.reshape(num_rows, length)),
-        document_ids=torch.from_numpy(np.repeat(number, lengths).reshape(num_rows, length)),
-        source_id=torch.from_numpy(source_id.astype(np.int64)),
-        sample_id=torch.from_numpy(sample_id.astype(np.int64)),
-    )
+    # Sums of steps: a position goes up by one, or back to 0 where a document begins.
+    steps = positions.reshape(-1)
+    steps.fill(1)
+    steps[begins] = 1 - np.diff(begins, prepend=-1)
+    np.cumsum(steps, out=steps)
+    first_of_row = np.searchsorted(begins, row_starts)
+    steps = documents.reshape(-1)
+    steps.fill(0)
+    steps[begins] = 1
+    steps[row_starts] = 1 - np.diff(first_of_row, prepend=-1)
+    np.cumsum(steps, out=steps)

@@ -23,14 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_handler.packing import pack_blocks
+from data_handler.packing import batch_of, pack_blocks
 from data_handler.shards import Shards
 from data_handler.types import Batch
 from durable import ExitCode, UserError
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
-_PER_TOKEN = ("input_ids", "labels", "position_ids", "document_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,14 @@ class Request:
     source_id: NDArray[np.int64]
     starts: NDArray[np.int64]
     sample_id: NDArray[np.int64]
+
+    def split(self, num_samples: int) -> "list[Request]":
+        """Requests for `num_samples` each."""
+        return [
+            Request(self.source_id[mine], self.starts[mine], self.sample_id[mine])
+            for first in range(0, len(self.sample_id), num_samples)
+            for mine in [slice(first, first + num_samples)]
+        ]
 
 
 class WorkerPool:
@@ -103,9 +110,7 @@ class WorkerPool:
         self._waiting.popleft()
         if failure is not None:
             raise failure
-        tokens = {name: self._slots[worker, slot, place].clone() for place, name in enumerate(_PER_TOKEN)}
-        ids = {"source_id": request.source_id, "sample_id": request.sample_id}
-        return Batch(**tokens, **{name: torch.from_numpy(value) for name, value in ids.items()})
+        return batch_of(self._slots[worker, slot].clone(), request.source_id, request.sample_id)
 
     def discard(self) -> None:
         """Wait for what is under way and drop it."""
@@ -196,16 +201,15 @@ def _answered(
         for source in set(request.source_id.tolist()) - shards.keys():
             note(source)
             shards[source] = Shards.open(directories[source])
-        batch = pack_blocks(
+        pack_blocks(
             shards,
             source_id=request.source_id,
             starts=request.starts,
             sample_id=request.sample_id,
             block_size=slot.shape[-1],
             reading=note,
+            out=slot.numpy(),
         )
-        for place, name in enumerate(_PER_TOKEN):
-            slot[place, : len(batch)] = getattr(batch, name)
     except UserError as error:
         return error
     note(-1)
