@@ -17,6 +17,7 @@ from data_handler.influence.optimizer import InfluenceAwareOptimizer
 from data_handler.influence.self_boosting import SelfBoostingFilter
 from data_handler.influence.tracker import InfluenceTracker
 from data_handler.influence.truth import TinyDecoder, draw, join, markov_chain, next_token_loss
+from data_handler.mixture import MixtureSchedule
 from durable import UserError
 
 BASE = {"web": 0.5, "code": 0.3, "math": 0.2}
@@ -90,9 +91,7 @@ def test_disabled_it_never_asks() -> None:
     assert tracker.get_weight_history() == []
 
 
-def test_a_failed_scoring_keeps_the_weights_says_so_and_the_run_goes_on(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_failed_scoring_keeps_the_weights_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     def failing() -> Mapping[str, Tensor]:
         raise OSError("shard gone")
 
@@ -106,6 +105,30 @@ def test_a_failed_scoring_keeps_the_weights_says_so_and_the_run_goes_on(
     assert "scoring failed with OSError: shard gone" in caplog.text
     assert tracker.get_weight_history()[0]["kept_because"] == update.kept_because
     assert schedule.calls == []
+
+
+def test_weights_that_the_mixture_refuses_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    class Refusing:
+        def reweight(self, n: int, weights: dict[str, float]) -> None:
+            raise UserError("data.weights: below one sample in a window")
+
+    tracker = InfluenceTracker(config(), BASE, Scores(), Refusing())
+
+    tracker.on_step_end(6, 48)
+
+    assert "the mixture refuses" in caplog.text
+    assert tracker.weights == BASE
+
+
+def test_new_weights_reach_the_mixture_at_its_next_window() -> None:
+    schedule = MixtureSchedule(BASE, seed=0, window_samples=32)
+    tracker = InfluenceTracker(config(), BASE, Scores(), schedule)
+
+    tracker.on_step_end(6, 48)
+
+    assert schedule.weights(63) == pytest.approx(BASE)
+    assert schedule.weights(64) == pytest.approx(tracker.weights)
+    assert tracker.weights != BASE
 
 
 def test_state_of_another_mixture_is_refused() -> None:
@@ -129,7 +152,9 @@ def score():
     return {"web": torch.randn(30), "code": torch.randn(30) + 3, "math": torch.randn(30) - 3}
 
 tracker = InfluenceTracker(
-    TrackerConfig(enabled=True, warmup_steps=1, update_interval=1), {"web": 0.5, "code": 0.3, "math": 0.2}, score
+    TrackerConfig(enabled=True, warmup_steps=1, update_interval=1),
+    {"web": 0.5, "code": 0.3, "math": 0.2},
+    score,
 )
 tracker.on_step_end(1, 8)
 print(json.dumps(tracker.weights))

@@ -44,8 +44,8 @@ class InfluenceConfig:
     """Of the projection."""
 
     def __post_init__(self) -> None:
-        self.method = _choice(InfluenceMethod, self.method, "influence.method")
-        self.target_layers = _choice(InfluenceTarget, self.target_layers, "influence.target_layers")
+        self.method = choice(InfluenceMethod, self.method, "influence.method")
+        self.target_layers = choice(InfluenceTarget, self.target_layers, "influence.target_layers")
         _require(self.damping > 0, "influence.damping", "must be above 0", self.damping)
         _require(self.batch_size >= 1, "influence.batch_size", "must be 1 or more", self.batch_size)
         if self.projection_dim is not None:
@@ -116,7 +116,8 @@ class SelfBoostingConfig:
         )
 
 
-def _choice(kind: type[Choice], value: str, key: str) -> Choice:
+def choice(kind: type[Choice], value: str, key: str) -> Choice:
+    """The member that `value` names, or an error with the closest names."""
     try:
         return kind(value)
     except ValueError:

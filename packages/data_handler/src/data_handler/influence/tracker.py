@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_handler.influence.config import TrackerConfig
 from data_handler.influence.reweight import MixtureWeightCalculator, WeightUpdate
+from durable import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +80,18 @@ class InfluenceTracker:
         if step < self.config.warmup_steps or step % self.config.update_interval:
             return None
         update = _same_on_all_ranks(self._update())
-        self._history.append(HistoryEntry(step, sample, update))
         if update.kept_because is None:
-            self.weights = dict(update.weights)
-            if self._schedule is not None:
+            update = self._apply(update, sample)
+        self._history.append(HistoryEntry(step, sample, update))
+        return update
+
+    def _apply(self, update: WeightUpdate, sample: int) -> WeightUpdate:
+        if self._schedule is not None:
+            try:
                 self._schedule.reweight(sample, dict(update.weights))
+            except UserError as error:  # such as a weight too small for one sample in a window
+                return self.calculator.keep(self.weights, f"the mixture refuses the new ones: {error}")
+        self.weights = dict(update.weights)
         return update
 
     def _update(self) -> WeightUpdate:
