@@ -29,7 +29,7 @@ def test_nothing_published_is_no_error(tmp_path: Path) -> None:
 
 
 def test_the_largest_step_wins_whatever_its_digits_and_age(tmp_path: Path) -> None:
-    for age, name in enumerate(["step_001000", "step_999", "step_000500", "checkpoint-2"]):
+    for age, name in enumerate(["step_001000", "epoch=1-step=999", "global_step500", "checkpoint-2"]):
         set_time(publish_step(tmp_path, name), 1_700_000_000 + age)
 
     newest = newest_complete(tmp_path)

@@ -25,7 +25,7 @@ _NO_ACCESS = {
     ),
     errno.ENOTDIR: ("a part of the path is a file", "choose a path whose parents are directories"),
     errno.EBUSY: ("something is mounted there", "choose a directory inside the mount"),
-    errno.EXDEV: ("something is mounted there", "choose a directory inside the mount"),
+    errno.EXDEV: ("what is there lies on another filesystem or layer", "choose another name"),
     errno.EEXIST: ("something else took its name meanwhile", "choose another name"),
     errno.ENOTEMPTY: ("something else took its name meanwhile", "choose another name"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
