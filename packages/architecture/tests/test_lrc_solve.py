@@ -172,10 +172,7 @@ def test_step_a_leaves_what_is_ternary_already_alone(statistics: InputStatistics
 
 
 def test_blocks_of_columns_change_nothing_in_step_a(weight: Tensor, statistics: InputStatistics) -> None:
-    from bitnet_arch import lrc_solve
-from bitnet_arch.lrc_solve import _gptq_codes
-
-    whole, blocks = (_gptq_codes(weight.double(), statistics.yy, block) for block in (K, 3))
+    whole, blocks = (lrc_solve._gptq_codes(weight.double(), statistics.yy, block) for block in (K, 3))
 
     torch.testing.assert_close(whole, blocks)
 
