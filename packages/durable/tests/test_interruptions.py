@@ -286,7 +286,7 @@ def test_interrupted_from_the_keyboard_a_writer_leaves_one_version_and_the_inter
 def test_everything_is_on_disk_before_the_rename_and_the_rename_before_the_end(
     case: Case, scratch: Path
 ) -> None:
-    target = prepared(case, scratch)
+    target = prepared(case, scratch if case.replaces else scratch / "made" / "on the way")
     log: list[tuple[str, Path]] = []
 
     def note(number: int, name: str, perform: Callable[[], Any], args: tuple[Any, ...]) -> Any:
