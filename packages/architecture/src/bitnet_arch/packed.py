@@ -13,12 +13,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.bitnet import VALUES_PER_ITEM, pack_weights
 
 from bitnet_arch.bitlinear import BitLinear
 from bitnet_arch.quant import TernaryWeight
 from bitnet_arch.ternary_cache import WeightCache
 from durable import ExitCode, UserError
+
+VALUES_PER_ITEM = 4
+"""Codes in a byte."""
 
 
 def can_pack(num_rows: int) -> bool:
@@ -28,6 +30,9 @@ def can_pack(num_rows: int) -> bool:
 
 def pack(codes: Tensor) -> Tensor:
     """Four codes per byte."""
+    # Its module compiles functions as it is imported, which takes seconds.
+    from transformers.integrations.bitnet import pack_weights
+
     assert can_pack(codes.shape[0]), f"{codes.shape[0]} rows"
     packed: Tensor = pack_weights(codes.clone())  # it adds to its input in place
     return packed
