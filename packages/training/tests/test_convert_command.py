@@ -5,16 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import gguf
 import pytest
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import wrinklefree.pretrained as pretrained
-from bitnet_arch.checkpoint import load_bitnet
+from bitnet_arch import load_bitnet
 from bitnet_arch.testing import tiny_llama, tiny_qwen2
 from wrinklefree.pretrained import TINY_MODELS
 
@@ -317,6 +318,51 @@ def test_a_file_that_is_no_gguf_model_is_refused(
     path.write_bytes(content)
 
     assert_refused(wrinklefree("convert", path, tmp_path / "out"), exit_code, name, tmp_path / "out")
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+    """The tensors of a Llama under llama.cpp's names, whose q and k rows are interleaved by pairs."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads or 0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    tokens += [f"<{number}>" for number in range(len(tokens), config.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges(["a b"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        stem, _, suffix = name.rpartition(".")
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem[-6:])
+        if heads:
+            rows = tensor.reshape(heads, 2, -1, tensor.shape[1])
+            tensor = rows.transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_model_is_converted_with_its_own_weights(wrinklefree: Run, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", tiny_llama())
+
+    ended = wrinklefree("convert", tmp_path / "model.gguf", tmp_path / "out")
+
+    assert (ended.exit_code, ended.err) == (0, "")
+    stored, original = load_bitnet(tmp_path / "out").state_dict(), tiny_llama().state_dict()
+    assert all(torch.equal(stored[name], original[name]) for name in original)
+    assert (tmp_path / "out/tokenizer.json").exists()
 
 
 def test_a_converted_model_is_not_converted_again(wrinklefree: Run, tmp_path: Path) -> None:

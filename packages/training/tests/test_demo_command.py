@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from bitnet_arch.bitlinear import BitLinear
+from bitnet_arch import BitLinear
 from data_handler.sorting import decode
 from durable import UserError
 from wrinklefree.commands.demo import demo

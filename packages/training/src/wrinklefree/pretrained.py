@@ -5,6 +5,8 @@ is opened; code from a checkpoint is never run. A checkpoint with missing tensor
 transformers would fill them with random numbers.
 """
 
+import contextlib
+import io
 import json
 import re
 from collections.abc import Callable
@@ -83,7 +85,8 @@ def load_file(path: Path) -> Pretrained:
             raise UserError(f"{path}: not a GGUF file, or a damaged one", exit_code=ExitCode.BAD_DATA)
     place, name = path.parent, path.name
     # fp32, because the stored values are de-quantised blocks: no narrower dtype holds them all.
-    model = _model(place, str(path), dtype=torch.float32, gguf_file=name)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        model = _model(place, str(path), dtype=torch.float32, gguf_file=name)
     return Pretrained(model, _open(str(path), lambda: _tokenizer(place, gguf_file=name)), str(path))
 
 

@@ -14,10 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitnet_arch.checkpoint import save_bitnet
-from bitnet_arch.conversion_config import ConversionConfig
-from bitnet_arch.convert import ConversionReport, convert_to_bitnet
-from bitnet_serving.sizes import read_sizes
+from bitnet_arch import ConversionConfig, ConversionReport, convert_to_bitnet, save_bitnet
+from bitnet_serving import read_sizes
 from durable import ExitCode, UserError
 from wrinklefree.pretrained import Pretrained, load_pretrained
 from wrinklefree.terminal import megabytes, table

@@ -18,8 +18,8 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM
 
-from bitnet_arch.checkpoint import load_bitnet, save_bitnet
-from bitnet_serving.sizes import read_sizes
+from bitnet_arch import load_bitnet, save_bitnet
+from bitnet_serving import read_sizes
 from data_handler.sorting import ANSWER_LENGTH, HELD_OUT, PROMPT_LENGTH
 from durable import ExitCode, UserError
 from wrinklefree.commands.convert import check_target

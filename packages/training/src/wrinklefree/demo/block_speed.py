@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bitnet_arch.convert import convert_to_bitnet
+from bitnet_arch import convert_to_bitnet
 
 SMOLLM2_BLOCK = LlamaConfig(
     vocab_size=16,

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bitnet_arch.conversion_config import ConversionConfig, SubLNPlacement
-from bitnet_arch.convert import ConversionReport, convert_to_bitnet
+from bitnet_arch import ConversionConfig, ConversionReport, convert_to_bitnet
 from data_handler.sorting import CHARACTERS, IGNORED_LABEL, Batch, sorting_batch
 
 
@@ -25,7 +24,7 @@ class Recipe:
     num_layers: int = 2
     num_heads: int = 4
     batch_size: int = 64
-    steps: int = 400
+    steps: int = 320
     warmup_steps: int = 30
     learning_rate: float = 4e-3
     seed: int = 0
@@ -54,7 +53,7 @@ def build_decoder(recipe: Recipe) -> tuple[LlamaForCausalLM, ConversionReport]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = LlamaForCausalLM(recipe.model_config())
-    return model, convert_to_bitnet(model, ConversionConfig(subln=SubLNPlacement.output))
+    return model, convert_to_bitnet(model, ConversionConfig(subln="output"))
 
 
 def train(model: LlamaForCausalLM, recipe: Recipe, *, on_step: Callable[[int, float], None]) -> list[float]:
