@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from durable import leftovers, publish, recover, verify
+from durable import UserError, leftovers, publish, recover, verify
 
 FORKING_WRITER = """
 import os, sys
@@ -104,11 +106,79 @@ def test_a_temporary_that_another_container_is_writing_under_our_process_number_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_locks_a_living_process_number_still_protects_its_temporary(tmp_path: Path) -> None:
+    live, kept = start_writer(tmp_path / "one", "waits")
+
+    recover(tmp_path)
+
+    assert kept.exists()
+    live.communicate()
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_locks_a_process_that_writes_two_keeps_both(tmp_path: Path) -> None:
+    with publish(tmp_path / "one") as first:
+        (first / "a").touch()
+        with publish(tmp_path / "two") as second:
+            (second / "b").touch()
+
+    assert [list(verify(tmp_path / name).files) for name in ("one", "two")] == [["a"], ["b"]]
+
+
+def dead_name(kind: str) -> str:
+    """Of a writer on this host with a process number that is never given."""
+    return f".out.{kind}-{leftovers._host()}-4194305-0123abcd"
+
+
+def test_a_version_that_was_set_aside_is_put_back_and_then_counts_as_existing(tmp_path: Path) -> None:
+    with publish(tmp_path / "out") as temporary:
+        (temporary / "a").write_bytes(b"1")
+    (tmp_path / "out").rename(tmp_path / dead_name("old"))
+
+    with pytest.raises(UserError, match="out: exists already"), publish(tmp_path / "out"):
+        pytest.fail("the block must not be entered")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    verify(tmp_path / "out")
+
+
+def test_the_rename_is_on_disk_before_the_version_that_it_replaced_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / dead_name("tmp")).mkdir()
+    (tmp_path / dead_name("old")).mkdir()
+    log: list[str] = []
+
+    def logged(name: str, real: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            log.append(name)
+            real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "rmdir"):
+        monkeypatch.setattr(os, name, logged(name, getattr(os, name)))
+
+    recover(tmp_path)
+
+    assert log[:2] == ["fsync", "rmdir"]
+    assert log.count("rmdir") == 2
+
+
 def test_a_link_named_like_a_leftover_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("x")
-    name = f".out.tmp-{leftovers._host()}-999999999-0123abcd"
-    (tmp_path / name).symlink_to("precious")
+    (tmp_path / dead_name("tmp")).symlink_to("precious")
 
     recover(tmp_path)
 

@@ -228,6 +228,21 @@ def test_what_a_manifest_cannot_hold_is_refused_by_name(name: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_files_than_a_manifest_can_list_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["durable.publish"], "LARGEST_MANIFEST", 500)
+
+    def touch_four(temporary: Path) -> None:
+        for name in "abcd":
+            (temporary / name).touch()
+
+    with pytest.raises(UserError, match=r"out: has too many files to publish \(4\)"):
+        write(publish, tmp_path / "out", touch_four)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_permissions_follow_the_umask_and_a_replaced_file_hands_its_own_on(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
