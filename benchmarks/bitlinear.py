@@ -274,7 +274,7 @@ def build(name: str, options: argparse.Namespace) -> nn.Module:
 def forward_backward(model: nn.Module, tokens: Tensor, dtype: str, device: str) -> Tensor:
     with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
         loss: Tensor = model(tokens)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return loss.detach()
 
 

@@ -207,7 +207,8 @@ def test_under_autocast_the_result_is_one_bf16_rounding_away(
     assert weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32
     rounding = torch.finfo(torch.bfloat16).eps
-    assert relative_error(y, expected_y) < rounding / 2
+    # The result is exact and then rounded once: all but the rare tie equals the rounded float64 value.
+    assert float((y == expected_y.bfloat16()).float().mean()) > 0.98
     assert relative_error(x_grad, expected_x_grad) < rounding
     assert relative_error(layer.weight.grad, weight.grad) < rounding
 

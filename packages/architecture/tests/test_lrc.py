@@ -288,11 +288,15 @@ def test_it_compiles_without_a_graph_break_over_a_ramp_of_lambda() -> None:
     assert counter.frame_count <= 3
 
 
-def test_on_the_meta_device_nothing_is_computed() -> None:
-    layer = BitLinearLRC(K, N, rank=3, device="meta")
+def test_factors_lie_where_the_weight_lies_and_nothing_is_computed_without_data() -> None:
+    born = BitLinearLRC(K, N, rank=3, device="meta")
+    taken_over = BitLinearLRC.from_bitlinear(BitLinear(K, N, device="meta"), rank=3)
 
-    assert layer.lrc_U.is_meta
-    assert layer.lrc_V.shape == (K, 3)
+    for layer in (born, taken_over):
+        layer.init_factors()
+        assert layer.lrc_U.is_meta
+        assert layer.lrc_V.is_meta
+        assert layer.lrc_V.shape == (K, 3)
 
 
 @pytest.mark.parametrize(

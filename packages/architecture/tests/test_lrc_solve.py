@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitnet_arch import lrc_solve
 from bitnet_arch.lrc_solve import (
     InputStatistics,
     best_correction,
@@ -171,9 +172,7 @@ def test_step_a_leaves_what_is_ternary_already_alone(statistics: InputStatistics
 
 
 def test_blocks_of_columns_change_nothing_in_step_a(weight: Tensor, statistics: InputStatistics) -> None:
-    from bitnet_arch.lrc_solve import _gptq_codes
-
-    whole, blocks = (_gptq_codes(weight.double(), statistics.yy, block) for block in (K, 3))
+    whole, blocks = (lrc_solve._gptq_codes(weight.double(), statistics.yy, block) for block in (K, 3))
 
     torch.testing.assert_close(whole, blocks)
 
@@ -183,6 +182,17 @@ def test_more_rounds_are_never_worse(weight: Tensor, statistics: InputStatistics
 
     assert found == sorted(found, reverse=True)
     assert found[1] < found[0], "re-choosing codes helps here"
+
+
+def test_a_round_that_makes_it_worse_is_forgotten(
+    weight: Tensor, statistics: InputStatistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lrc_solve, "requantized", lambda *_: torch.randn(N, K))
+
+    fit = solve(weight, statistics, 2, rounds=2)
+
+    assert fit.weight is weight
+    assert fit.objective == solve(weight, statistics, 2).objective
 
 
 def test_without_rounds_the_weight_stays_the_given_one(weight: Tensor, statistics: InputStatistics) -> None:

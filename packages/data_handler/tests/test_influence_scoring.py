@@ -88,7 +88,8 @@ def test_the_loss_of_a_packed_sample_is_that_of_its_documents_alone(tmp_path: Pa
 
 def test_score_then_reweight_prefers_the_source_that_is_like_the_probe(tmp_path: Path) -> None:
     counting = prepare(tmp_path / "all", step=1, seed=0)
-    hold_out(counting, train_dir=tmp_path / "useful", probe_dir=tmp_path / "probe", seed=0, one_in=4)
+    useful = tmp_path / "useful"  # as `data prepare` lays it out; the other is shards alone
+    hold_out(counting, train_dir=useful / "train", probe_dir=useful / "probe", seed=0, one_in=4)
     prepare(tmp_path / "noise", step=None, seed=2)
     llama().save_pretrained(tmp_path / "model")
     app, runner = typer.Typer(), CliRunner()
@@ -97,9 +98,7 @@ def test_score_then_reweight_prefers_the_source_that_is_like_the_probe(tmp_path:
     for name in ("useful", "noise"):
         options += ["--source", str(tmp_path / name)]
 
-    scored = runner.invoke(
-        app, ["score", str(tmp_path / "model"), *options, "--probe", str(tmp_path / "probe")]
-    )
+    scored = runner.invoke(app, ["score", str(tmp_path / "model"), *options, "--probe", str(useful)])
     moved = runner.invoke(
         app, ["reweight", str(tmp_path / "scores.json"), "--out", str(tmp_path / "weights.json")]
     )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from data_handler import HELD_OUT, NUM_SAMPLES, decode, encode, sorting_batch
 from data_handler.sorting import IGNORED_LABEL, PROMPT_LENGTH
 

@@ -1,7 +1,8 @@
 """What a user reads when something is wrong: one line, the closest names, and an exit code."""
 
 import copy
-import pickle
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -97,10 +98,16 @@ def test_a_very_long_value_loses_its_middle() -> None:
     assert "xxx end)" in text
 
 
-def test_an_error_survives_pickling_and_copying_between_processes() -> None:
+def complain() -> None:
+    raise UserError("w: bad", found="nam", fix="f", exit_code=ExitCode.BAD_DATA, choices=["name"])
+
+
+def test_an_error_survives_copying_and_the_way_out_of_a_worker_process() -> None:
+    with pytest.raises(UserError) as raised, ProcessPoolExecutor(1, get_context("fork")) as pool:
+        pool.submit(complain).result()
     error = UserError("w: bad", found="nam", fix="f", exit_code=ExitCode.BAD_DATA, choices=["name"])
 
-    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+    for twin in (raised.value, copy.copy(error)):
         assert (str(twin), twin.exit_code, twin.choices) == (str(error), 4, ("name",))
 
 

@@ -1,5 +1,6 @@
 """One holder at a time, named to everybody else, and none after its death."""
 
+import fcntl
 import json
 import os
 import signal
@@ -75,12 +76,11 @@ def test_a_killed_holder_is_taken_over_and_its_name_replaced(
 
 
 def test_a_stale_name_of_a_living_process_does_not_hold_anything(tmp_path: Path) -> None:
-    (tmp_path / "run.lock").write_text(
-        json.dumps({"pid": os.getppid(), "host": socket.gethostname(), "since": "?"})
-    )
+    stale = {"pid": os.getppid(), "host": "a host with a much longer name than this one" * 3, "since": "?"}
+    (tmp_path / "run.lock").write_text(json.dumps(stale))
 
-    with lock(tmp_path):
-        pass
+    with lock(tmp_path) as path:
+        assert json.loads(path.read_text())["host"] == socket.gethostname()
 
 
 def test_the_same_process_and_thread_cannot_lock_twice(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ from durable import lock
 with lock(sys.argv[1]):
     child = os.fork()
     if child:
-        os.waitpid(child, 0)
+        assert os.waitpid(child, 0)[1] == 0
         print(open(os.path.join(sys.argv[1], "run.lock")).read(), flush=True)
         sys.stdin.read()
 """
@@ -156,6 +156,24 @@ def test_a_lock_file_removed_by_hand_is_made_again(tmp_path: Path) -> None:
 
     with lock(tmp_path):
         assert (tmp_path / "run.lock").exists()
+        assert "is in use" in refusal(tmp_path)
+
+
+def test_a_lock_file_removed_while_it_is_being_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+    removals = [tmp_path / "run.lock"]
+
+    def remove_then_lock(descriptor: int, operation: int) -> None:
+        if removals:
+            removals.pop().unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", remove_then_lock)
+
+    with lock(tmp_path) as path:
+        assert json.loads(path.read_text())["pid"] == os.getpid()
         assert "is in use" in refusal(tmp_path)
 
 

@@ -29,7 +29,7 @@ def test_nothing_published_is_no_error(tmp_path: Path) -> None:
 
 
 def test_the_largest_step_wins_whatever_its_digits_and_age(tmp_path: Path) -> None:
-    for age, name in enumerate(["step_001000", "step_999", "step_000500", "checkpoint-2"]):
+    for age, name in enumerate(["step_001000", "epoch=1-step=999", "global_step500", "checkpoint-2"]):
         set_time(publish_step(tmp_path, name), 1_700_000_000 + age)
 
     newest = newest_complete(tmp_path)
@@ -39,15 +39,18 @@ def test_the_largest_step_wins_whatever_its_digits_and_age(tmp_path: Path) -> No
     assert list(newest.manifest.files) == ["model.bin"]
 
 
+@pytest.mark.parametrize("later", ["step_000500", "final"])
 def test_a_name_without_a_step_takes_it_from_its_metadata_and_at_equal_steps_the_later_one_wins(
-    tmp_path: Path,
+    later: str, tmp_path: Path
 ) -> None:
-    set_time(publish_step(tmp_path, "step_000500"), 1_700_000_000)
-    set_time(publish_step(tmp_path, "final", step=500), 1_700_000_001)
+    publish_step(tmp_path, "step_000500")
+    publish_step(tmp_path, "final", step=500)
+    for name in ("step_000500", "final"):
+        set_time(tmp_path / name, 1_700_000_000 + (name == later))
     publish_step(tmp_path, "best", step=300)
     publish_step(tmp_path, "odd", step="900")
 
-    assert newest_complete(tmp_path).path == tmp_path / "final"
+    assert newest_complete(tmp_path).path == tmp_path / later
 
 
 def test_without_any_step_the_latest_wins(tmp_path: Path) -> None:
@@ -110,6 +113,8 @@ def test_links_to_neighbours_temporaries_and_files_are_not_candidates(tmp_path: 
 
     assert newest_complete(tmp_path).path == tmp_path / "step_000001"
     assert newest_complete(tmp_path).skipped == ()
+    (tmp_path / "step_000001" / "manifest.json").unlink()
+    assert [skipped.path.name for skipped in newest_complete(tmp_path).skipped] == ["step_000001"]
 
 
 def test_a_checkpoint_moved_to_another_disk_and_linked_still_counts(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def convert_to_bitnet(model: nn.Module, config: ConversionConfig | None = None) 
             fix="narrow the patterns",
             exit_code=ExitCode.BAD_INPUT,
         )
-    refuse_unusable_tensors(model, action="convert")
+    refuse_unusable_tensors(model.state_dict(), action="convert")
     adopted = {path: norm for path, norm in walked.sub_norms.items() if path in targets}
     inserted = _subln_targets(walked, targets, adopted, config)
 

@@ -4,8 +4,10 @@ one.
 The forward lets NaN pass, so that a trainer sees it. Conversion and saving are where it has to stop.
 """
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from durable import ExitCode, UserError
 
@@ -13,11 +15,10 @@ NAMED = 3
 """How many offenders a message names."""
 
 
-def refuse_unusable_tensors(model: nn.Module, *, action: str) -> None:
+def refuse_unusable_tensors(tensors: Mapping[str, Tensor], *, action: str) -> None:
     """Raise when a parameter or a buffer of the model is not finite or has no data. `action` is the verb of
     the message.
     """
-    tensors = dict(model.state_dict(keep_vars=True))
     _refuse([name for name, t in tensors.items() if t.is_meta], action, "on the meta device, without data")
     _refuse([name for name, t in tensors.items() if _is_broken(t)], action, "NaN or Inf")
 

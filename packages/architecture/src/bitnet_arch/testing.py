@@ -211,9 +211,7 @@ def _build(
 ) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Wide enough that tokens differ and logits spread; trained models are nearer to this than to
-        # transformers' 0.02.
-        model = model_class(config_class(**{"initializer_range": 0.1} | config))
+        model = model_class(config_class(**config))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

@@ -38,6 +38,8 @@ class Family:
     """Projection → path inside the layer of the norm that the family itself has in front of it."""
     gain_offset: float = 0.0
     """A norm multiplies by its weight plus this."""
+    scales_embedding: bool = False
+    """The embedding is multiplied by the root of the hidden size before the first layer."""
     activation_field: str = "hidden_act"
     """Where the configuration names the activation."""
 
@@ -53,6 +55,7 @@ FAMILIES = {
         after_mlp_norm="post_feedforward_layernorm",
         has_query_key_norms=True,
         gain_offset=1.0,
+        scales_embedding=True,
         activation_field="hidden_activation",
     ),
     "bitnet": Family(sub_norms={"o_proj": "self_attn.attn_sub_norm", "down_proj": "mlp.ffn_sub_norm"}),
@@ -110,6 +113,9 @@ class ModelWalk:
     activation: str
     activation_field: str
     gain_offset: float
+    """A norm multiplies by its weight plus this."""
+    embedding_scale: float
+    """What the embedding is multiplied by before the first layer."""
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -150,6 +156,7 @@ def walk(model: nn.Module) -> ModelWalk:
         activation=activation,
         activation_field=family.activation_field,
         gain_offset=family.gain_offset,
+        embedding_scale=float(config.hidden_size) ** 0.5 if family.scales_embedding else 1.0,
     )
     _check(model, walked)
     return walked

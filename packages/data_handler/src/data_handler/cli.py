@@ -57,7 +57,9 @@ def show(name: ConfigName) -> None:
 @app.command()
 def prepare(
     name: ConfigName,
-    out: Annotated[Path, typer.Option(help="Where the shards go, one directory for each source.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the shards go, a directory for each source; else data/NAME.")
+    ] = None,
     tokenizer: Tokenizer = "demo",
     fast: Annotated[bool, typer.Option(help="Use the tiktoken core where it gives the same ids.")] = True,
 ) -> None:
@@ -66,13 +68,9 @@ def prepare(
     from data_handler.prepare import prepare as prepare_sources
     from data_handler.progress import progress_bar
 
-    reports = prepare_sources(
-        load_data_config(name),
-        out,
-        tokenizer=tokenizer,
-        fast=fast,
-        meter=progress_bar,
-    )
+    config = load_data_config(name)
+    target = out or Path("data") / config.name
+    reports = prepare_sources(config, target, tokenizer=tokenizer, fast=fast, meter=progress_bar)
     for report in reports:
         state = "was there" if report.was_there else "prepared"
         typer.echo(

@@ -15,7 +15,7 @@ from pathlib import Path
 from durable.errors import ExitCode, UserError
 from durable.tree import look_into
 
-_NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+_NO_ROOM = {errno.ENOSPC: "the disk has too little room", errno.EDQUOT: "the disk quota is used up"}
 _NO_ACCESS = {
     errno.EROFS: ("the filesystem is read-only", "choose a directory on another filesystem"),
     errno.EACCES: ("permission is denied", "change the permissions of its directory, or choose another"),
@@ -25,7 +25,7 @@ _NO_ACCESS = {
     ),
     errno.ENOTDIR: ("a part of the path is a file", "choose a path whose parents are directories"),
     errno.EBUSY: ("something is mounted there", "choose a directory inside the mount"),
-    errno.EXDEV: ("something is mounted there", "choose a directory inside the mount"),
+    errno.EXDEV: ("what is there lies on another filesystem or layer", "choose another name"),
     errno.EEXIST: ("something else took its name meanwhile", "choose another name"),
     errno.ENOTEMPTY: ("something else took its name meanwhile", "choose another name"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
@@ -74,9 +74,9 @@ def cannot_write(
         found = ", ".join(f"{count:,} bytes {name}" for name, count in counts.items() if count is not None)
         fix = "free some space, or choose another disk"
     elif reason == errno.EFBIG:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        limit = _file_size_limit()
         what = "a file grew larger than this process or filesystem allows"
-        found = None if limit == resource.RLIM_INFINITY else f"a limit of {limit:,} bytes"
+        found = None if limit is None else f"a limit of {limit:,} bytes"
         fix = "raise the limit (ulimit -f), or choose another filesystem"
     elif reason in _NO_ACCESS:
         what, fix = _NO_ACCESS[reason]
@@ -103,10 +103,10 @@ def reason_not_written(error: BaseException, inside: Path, *, before: BaseExcept
     if (rust := _RUST_ERRNO.search(str(error))) and int(rust[1]) in _WRITE_FAILURES:
         return int(rust[1])
     if isinstance(error, RuntimeError) and _TORCH_WRITE_FAILURE.search(str(error)):
-        free = free_bytes(inside)
-        if free is not None and free < 2**20:
-            return errno.ENOSPC
-        return None if resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY else errno.EFBIG
+        limit, written, free = _file_size_limit(), bytes_below(inside), free_bytes(inside)
+        if limit is not None and written is not None and written >= limit:
+            return errno.EFBIG
+        return errno.ENOSPC if free is not None and free < 2**20 else None
     return None
 
 
@@ -125,6 +125,11 @@ def _is_inside(filename: object, directory: Path) -> bool:
     if not isinstance(filename, str | bytes):
         return True
     return Path(os.fsdecode(filename)).absolute().is_relative_to(directory)
+
+
+def _file_size_limit() -> int | None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _filesystem(path: Path) -> os.statvfs_result | None:

@@ -51,10 +51,14 @@ class UserError(Exception):
         self.choices = tuple(names if self.found is None else closest_first(self.found, names))
         super().__init__(self.what, self.found, self.fix, self.exit_code, self.choices)
 
+    @property
+    def problem(self) -> str:
+        """What is wrong and what was found, without the advice."""
+        return self.what if self.found is None else f"{self.what} (found {self.found or repr('')})"
+
     def __str__(self) -> str:
-        text = self.what if self.found is None else f"{self.what} (found {self.found or repr('')})"
         advice = [part for part in (self.fix, self._suggestion()) if part]
-        return f"{text}; fix: {'; '.join(advice)}" if advice else text
+        return f"{self.problem}; fix: {'; '.join(advice)}" if advice else self.problem
 
     def _suggestion(self) -> str:
         if not self.choices:

@@ -35,14 +35,14 @@ def new_directory(target: Path) -> tuple[Path, int]:
     path = _new_name(target)
     with _or_discard(path, target):
         path.mkdir()
-        return path, _locked(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        return path, _locked(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def new_file(target: Path) -> tuple[Path, int]:
     """The same for a single file."""
     path = _new_name(target)
     with _or_discard(path, target):
-        return path, _locked(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        return path, _locked(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
 
 
 def aside_name(temporary: Path) -> Path:
@@ -141,13 +141,11 @@ def _is_dead(name: re.Match[str]) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a writer on this machine, in any container, holds `path`; a link is left alone too."""
+    """Whether a writer on this machine, in any container, holds `path`, or we may not even look."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # gone by now, a link, or somebody else's
         return True
-    except OSError:
-        return path.is_symlink()
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

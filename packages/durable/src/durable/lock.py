@@ -56,7 +56,7 @@ def _take(path: Path) -> int:
     """A descriptor of the file that is at `path` now, locked."""
     while True:
         with writing(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, descriptor):
@@ -87,11 +87,10 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def _sign(path: Path, descriptor: int) -> None:
     if before := os.pread(descriptor, 1024, 0):
         logger.warning("%s: taken over from %s, which is gone", path, _name(before))
-    text = json.dumps(
-        {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    )
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode() + b"\n", 0)
+    os.pwrite(descriptor, text.encode(), 0)
 
 
 def _holder(descriptor: int) -> str:
@@ -112,17 +111,9 @@ def _name(text: bytes) -> str:
 
 
 def _no_locks(path: Path, error: OSError) -> UserError:
-    what = (
-        "cannot be locked on this filesystem"
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP)
-        else "cannot be locked"
-    )
-    return UserError(
-        f"{path}: {what}",
-        error.strerror,
-        "choose a directory on a local disk",
-        exit_code=ExitCode.CANNOT_WRITE,
-    )
+    where = " on this filesystem" if error.errno in (errno.ENOLCK, errno.ENOTSUP) else ""
+    fix = "choose a directory on a local disk"
+    return UserError(f"{path}: cannot be locked{where}", error.strerror, fix, ExitCode.CANNOT_WRITE)
 
 
 def _forget_in_child() -> None:

@@ -18,16 +18,17 @@ from durable.leftovers import restore
 from durable.manifest import MANIFEST_NAME, Manifest, read_manifest
 from durable.verify import verify
 
-_STEP_IN_NAME = re.compile(r"(?:^|[_-])(?:step|checkpoint|global_step)[_-]?(\d{1,18})$", re.IGNORECASE)
+_STEP_IN_NAME = re.compile(r"(?:^|[_-])(?:step|checkpoint)[=_-]?(\d{1,18})$", re.IGNORECASE)
 _NOT_OURS = {"lost+found"}
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A directory that was passed over, and why."""
+    """A directory that was passed over."""
 
     path: Path
     reason: str
+    """Names the file and says what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,7 @@ class Newest:
 def newest_complete(parent: str | os.PathLike[str]) -> Newest:
     """The newest published directory in `parent` that verifies; nothing found nor skipped: there was none.
 
-    Only as much is hashed as is needed. A version that an interrupted replacement set aside is put back
-    first.
+    Hashing ends with the first that verifies. What an interrupted replacement set aside is put back first.
     """
     root = Path(parent)
     if not os.path.lexists(root):
@@ -70,7 +70,7 @@ def newest_complete(parent: str | os.PathLike[str]) -> Newest:
         try:
             return Newest(path, verify(path), tuple(skipped))
         except UserError as error:
-            skipped.append(Skipped(path, str(error)))
+            skipped.append(Skipped(path, error.problem))
     return Newest(None, None, tuple(skipped))
 
 
@@ -91,11 +91,8 @@ def _age(path: Path) -> tuple[int, int, int, str]:
             step = _step_in_metadata(read_manifest(path))
         except UserError:
             return 0, 0, 0, path.name
-    return (
-        (2, 0, -_published_at(path), path.name)
-        if step is None
-        else (1, -step, -_published_at(path), path.name)
-    )
+    age = -_published_at(path)
+    return (2, 0, age, path.name) if step is None else (1, -step, age, path.name)
 
 
 def _step_in_name(path: Path) -> int | None:

@@ -9,7 +9,7 @@ _CANNOT_SYNC_DIRECTORIES = {errno.EINVAL, errno.ENOTSUP}
 
 def sync_directory(directory: Path) -> None:
     """Wait until the names in `directory` are on disk; nothing on filesystems that know no such thing."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -21,7 +21,7 @@ def sync_directory(directory: Path) -> None:
 
 def write_new_file(path: Path, content: bytes) -> None:
     """Create `path` with `content`, on disk when this returns."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         rest = memoryview(content)
         while rest:

@@ -6,9 +6,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-_READ_ONLY = (
-    os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-)  # a FIFO must not make its reader wait
+_READ_ONLY = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not make its reader wait
 
 
 @dataclass(frozen=True, slots=True)

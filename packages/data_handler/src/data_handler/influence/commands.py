@@ -20,8 +20,8 @@ def register(app: typer.Typer) -> None:
 
 def score(
     model: Annotated[str, typer.Argument(help="checkpoint directory or hub name of a decoder")],
-    source: Annotated[list[Path], typer.Option(help="prepared directory; once per source")],
-    probe: Annotated[list[Path], typer.Option(help="probe directory; once per domain")],
+    source: Annotated[list[Path], typer.Option(help="directory of a prepared source; once per source")],
+    probe: Annotated[list[Path], typer.Option(help="prepared source whose probe counts; once per domain")],
     out: Annotated[Path, typer.Option(help="file to write")] = Path("scores.json"),
     num_samples: Annotated[int, typer.Option(min=2, help="blocks of each source")] = 64,
     block_size: Annotated[int, typer.Option(min=2)] = 512,
@@ -35,7 +35,8 @@ def score(
     from data_handler.probes import Probe
     from data_handler.shards import Shards
 
-    names = [one.name for one in source]
+    prepared = [_prepared(one, "train") for one in source]
+    names = [name for name, _ in prepared]
     if len(set(names)) < len(names):
         raise UserError("--source: two directories have the same name", ", ".join(names), "rename one")
     config = InfluenceConfig(
@@ -43,8 +44,8 @@ def score(
         target_layers=choice(InfluenceTarget, layers, "--layers"),
         seed=seed,
     )
-    sources = {one.name: Shards.open(one) for one in source}
-    probes = {one.name: Probe(one) for one in probe}
+    sources = {name: Shards.open(directory) for name, directory in prepared}
+    probes = {name: Probe(directory) for name, directory in (_prepared(one, "probe") for one in probe)}
     decoder = _load(model)
     scores = score_sources(
         decoder, sources, probes, num_samples=num_samples, block_size=block_size, config=config
@@ -52,6 +53,11 @@ def score(
     typer.echo(score_table(scores))
     write_scores(out, scores, sources, domains=list(probes), method=config.method.value)
     typer.echo(f"wrote {out}")
+
+
+def _prepared(path: Path, split: str) -> tuple[str, Path]:
+    """(name, shards) of what `prepare` wrote as SOURCE, or of a directory of shards by itself."""
+    return path.resolve().name, path / split if (path / split).is_dir() else path
 
 
 def reweight(
@@ -104,7 +110,7 @@ def _load(name: str) -> "nn.Module":
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise UserError("data score: needs transformers", fix="pip install transformers") from None
+        raise UserError("data score: needs transformers", fix="pip install 'data-handler[score]'") from None
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             name, dtype="float32", attn_implementation="sdpa"

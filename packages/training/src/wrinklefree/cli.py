@@ -1,0 +1,192 @@
+"""The command line: names, options and exit codes. What a command does is in `commands/`, imported on call.
+
+Nothing here imports torch or transformers, so `--help` answers at once. Every way to end goes through `main`:
+what a person can put right is one line on stderr and exit 2 to 7 (`durable.ExitCode`), a fault of ours one
+line and exit 1, Ctrl-C 130, SIGTERM 143.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from wrinklefree import __version__
+
+if TYPE_CHECKING:
+    from durable import UserError
+
+app = typer.Typer(
+    name="wrinklefree",
+    help="Pretrained decoders to ternary models that run fast on a plain CPU, proven at every step.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"wrinklefree {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep what the demo saves; it must not exist yet.")
+    ] = None,
+) -> None:
+    """Train a tiny ternary decoder, save it, reload it.
+
+    It learns to sort eight digits, offline, within two minutes of CPU time; stock transformers reads it back.
+    """
+    from wrinklefree.commands.demo import demo as run
+
+    run(keep=keep)
+
+
+@app.command()
+def convert(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face directory, a hub name, a .gguf file, or tiny_llama and its like."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The directory to write; it must not exist yet or be empty.")],
+    subln: Annotated[
+        Literal["off", "output", "all"],
+        typer.Option(help="Add norms in front of o and down, or of every projection."),
+    ] = "off",
+    init: Annotated[
+        Literal["ones", "calibrated"],
+        typer.Option(help="Gains of the added norms; calibrated keeps the model alive."),
+    ] = "ones",
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to calibrate on, for --init calibrated.")
+    ] = None,
+    hidden_act: Annotated[
+        Literal["keep", "relu2"], typer.Option(help="The activation of the feed-forward part.")
+    ] = "keep",
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A projection to leave dense (name, path or glob); repeatable."),
+    ] = None,
+    layout: Annotated[
+        Literal["training", "stock"],
+        typer.Option(help="For training with bitnet_arch, or for stock transformers."),
+    ] = "training",
+    packed: Annotated[bool, typer.Option("--packed", help="Two bits per weight (stock layout).")] = False,
+) -> None:
+    """Make a pretrained decoder ternary and save it."""
+    from wrinklefree.commands.convert import convert as run
+
+    run(
+        model,
+        out,
+        subln=subln,
+        init=init,
+        calibration=calibration,
+        hidden_act=hidden_act,
+        exclude=tuple(exclude or ()),
+        layout=layout,
+        packed=packed,
+    )
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+    """Say what this machine has and how it multiplies.
+
+    Versions, instruction sets, GPU, compiler, space, credentials (set or not), and the route of BitLinear.
+    """
+    from wrinklefree.commands.doctor import doctor as run
+
+    run(as_json=as_json)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and end the process with its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Wherever it stands: people add it at the end of the command that just failed.
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _end_on_sigterm)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    sys.exit(_exit_code(arguments, debug=debug))
+
+
+def _exit_code(arguments: list[str], *, debug: bool) -> int:
+    try:
+        code = app(arguments or ["--help"], prog_name="wrinklefree", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        return _report(error, debug=debug)
+    if code == 130:
+        print("interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: Exception, *, debug: bool) -> int:
+    """Print one line about an error, with its traceback in front if asked for; the exit code to end with."""
+    from durable import UserError, error_line
+
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, typer.TyperException):
+        error = _usage_error(error)
+    if isinstance(error, UserError):
+        print(error_line(error), file=sys.stderr)
+        return error.exit_code
+    advice = "" if debug else "; run with --debug for the traceback"
+    print(f"{error_line(error)}{advice}", file=sys.stderr)
+    return 1
+
+
+def _usage_error(error: typer.TyperException) -> "UserError":
+    """What typer has to say about the command line, in our form: one line, with "did you mean"."""
+    from durable import UserError
+
+    context: Any = getattr(error, "ctx", None)
+    fix = f"see '{context.command_path if context else 'wrinklefree'} --help'"
+    option = getattr(error, "option_name", None)
+    if context and option and error.message.startswith("No such option"):
+        options = [
+            name for parameter in context.command.params for name in parameter.opts if name.startswith("--")
+        ]
+        return UserError("no such option", found=option, fix=fix, choices=[*options, "--help"])
+    return UserError(error.format_message().rstrip(".").replace("Value error, ", ""), fix=fix)
+
+
+def _end_on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
+    # Unwinds, so that temporary directories go and locks are released.
+    raise SystemExit(128 + signum)
+
+
+if __name__ == "__main__":
+    main()

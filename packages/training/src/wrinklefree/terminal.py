@@ -1,0 +1,92 @@
+"""What commands print: tables, a progress line, a loss curve. Plain text, in a pipe and in a terminal."""
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Sequence
+
+EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] | None = None, indent: int = 2) -> str:
+    """Columns aligned; under a header, those that hold numbers to the right."""
+    lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    numeric = [
+        header is not None and all(_is_numeric(row[column]) for row in rows) for column in range(len(widths))
+    ]
+    if header:
+        lines.insert(1, ["─" * width for width in widths])
+    return "\n".join(
+        " " * indent
+        + "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def megabytes(num_bytes: float) -> str:
+    """A size a person can compare: 0.73 MB, 13.4 kB."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= limit:
+            return f"{num_bytes / limit:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def curve(values: Sequence[float], *, width: int = 60, height: int = 6, indent: int = 2) -> str:
+    """A curve of positive values over steps, logarithmic upwards, in blocks of an eighth of a line."""
+    columns = _means(values, width)
+    low, high = math.log(min(columns)), math.log(max(columns))
+    levels = [(math.log(value) - low) / (high - low or 1) * (height * 8 - 1) + 1 for value in columns]
+    lines = []
+    for line in reversed(range(height)):
+        cells = "".join(EIGHTHS[max(0, min(8, round(level - line * 8)))] for level in levels)
+        label = {height - 1: max(columns), 0: min(columns)}.get(line)
+        lines.append(f"{'' if label is None else f'{label:.3g}':>{indent + 6}} │{cells.rstrip()}")
+    return "\n".join([*lines, f"{'':>{indent + 6}} └{'─' * len(columns)} {len(values)} steps"])
+
+
+class ProgressLine:
+    """One line that is rewritten in a terminal, and a line every tenth of the way elsewhere."""
+
+    def __init__(self, total: int, *, label: str, tokens_per_step: int) -> None:
+        self.total = total
+        self.label = label
+        self.tokens_per_step = tokens_per_step
+        self._started = time.monotonic()
+        self._printed_tenth = 0
+        self._printed_at = 0.0
+        self._in_terminal = sys.stdout.isatty()
+
+    def update(self, done: int, text: str) -> None:
+        """Show that `done` of `total` are done."""
+        tenth = done * 10 // self.total
+        if self._in_terminal and (done == self.total or time.monotonic() - self._printed_at > 0.1):
+            self._printed_at = time.monotonic()
+            end = "\n" if done == self.total else ""
+            print(f"\r\x1b[2K{self._line(done, text)}", end=end, flush=True)
+        elif not self._in_terminal and tenth > self._printed_tenth:
+            self._printed_tenth = tenth
+            print(self._line(done, text), flush=True)
+
+    def _line(self, done: int, text: str) -> str:
+        filled = done * 20 // self.total
+        seconds_per_step = (time.monotonic() - self._started) / max(done, 1)
+        rate = f"{self.tokens_per_step / max(seconds_per_step, 1e-9) / 1000:.1f}k tokens/s"
+        eta = f"{seconds_per_step * (self.total - done):.0f} s"
+        bar = "━" * filled + "╌" * (20 - filled)
+        return f"  {self.label} {bar} {done:>{len(str(self.total))}}/{self.total}  {text}  {rate}  eta {eta}"
+
+
+def _is_numeric(cell: str) -> bool:
+    return not cell or cell[0].isdigit() or cell[0] in "-+≤≥±–"
+
+
+def _means(values: Sequence[float], count: int) -> list[float]:
+    """At most `count` means of neighbouring values."""
+    count = min(count, len(values))
+    bounds = [index * len(values) // count for index in range(count + 1)]
+    return [math.fsum(values[start:end]) / (end - start) for start, end in itertools.pairwise(bounds)]

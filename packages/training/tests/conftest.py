@@ -1,0 +1,39 @@
+"""How these tests run a command: in this process, so that torch and transformers are imported once."""
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from wrinklefree.cli import main
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended and what it printed."""
+
+    exit_code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def wrinklefree(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ended]]:
+    """Run the command line; gives its exit code and what it printed."""
+    handler = signal.getsignal(signal.SIGTERM)
+    num_threads = torch.get_num_threads()
+
+    def run(*arguments: object) -> Ended:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Ended(code, out, err)
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_num_threads(num_threads)
