@@ -93,7 +93,7 @@ def test_every_domain_keeps_its_own_cache_and_weights_mix_them() -> None:
 
 def test_a_layer_without_gradient_says_nothing() -> None:
     model = decoder()
-    torch.nn.init.zeros_(model.down.weight)  # so `up` receives no gradient
+    torch.nn.init.zeros_(model.get_parameter("down.weight"))  # so `up` receives no gradient
     calculator = create_influence_calculator(model, loss)
     calculator.cache_probe_gradients({"code": [tokens(3)]})
 

@@ -179,7 +179,8 @@ def test_all_ranks_hold_the_same_weights_even_when_one_cannot_score() -> None:
 def wrapped(scores: Scores | None = None) -> tuple[nn.Linear, InfluenceAwareOptimizer]:
     torch.manual_seed(0)
     layer = nn.Linear(3, 2)
-    inner = torch.optim.AdamW([{"params": [layer.weight]}, {"params": [layer.bias], "lr": 0.5}], lr=0.1)
+    groups = [{"params": [layer.weight]}, {"params": [layer.bias], "lr": 0.5}]
+    inner = torch.optim.AdamW(groups, lr=0.1)  # type: ignore[arg-type]
     tracker = InfluenceTracker(config(), BASE, scores or Scores())
     return layer, InfluenceAwareOptimizer(inner, tracker, samples_per_step=8)
 
@@ -195,7 +196,7 @@ def test_the_wrapped_optimizer_trains_as_the_plain_one_and_moves_the_mixture() -
     torch.manual_seed(0)
     plain_layer = nn.Linear(3, 2)
     groups = [{"params": [plain_layer.weight]}, {"params": [plain_layer.bias], "lr": 0.5}]
-    plain = torch.optim.AdamW(groups, lr=0.1)
+    plain = torch.optim.AdamW(groups, lr=0.1)  # type: ignore[arg-type]
     schedules = [torch.optim.lr_scheduler.StepLR(each, step_size=2, gamma=0.5) for each in (optimizer, plain)]
 
     for _ in range(7):
@@ -223,7 +224,7 @@ def test_optimizer_state_is_exact_and_a_plain_optimizer_reads_it() -> None:
     resumed.load_state_dict(state)
     for _ in range(4):
         one_step(resumed_layer, resumed)
-    torch.optim.AdamW([{"params": [layer.weight]}, {"params": [layer.bias]}]).load_state_dict(state)
+    torch.optim.AdamW([{"params": [layer.weight]}, {"params": [layer.bias]}]).load_state_dict(state)  # type: ignore[arg-type]
 
     assert torch.equal(resumed_layer.weight, layer.weight)
     assert resumed.tracker.state_dict() == optimizer.tracker.state_dict()

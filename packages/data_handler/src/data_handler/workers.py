@@ -62,7 +62,7 @@ class WorkerPool:
     ) -> None:
         self._names = tuple(directories)
         self._slots = torch.empty(num_workers, PREFETCH, 4, batch_size, block_size, dtype=torch.int64)
-        self._slots.share_memory_()  # type: ignore[no-untyped-call]
+        self._slots.share_memory_()
         self._waiting: deque[Request] = deque()
         self._num_sent = self._num_received = 0
         context = multiprocessing.get_context()
@@ -156,7 +156,7 @@ class _Worker:
     def __init__(self, context: Any, number: int, slots: Tensor, directories: list[Path]) -> None:
         self.pipe, theirs = context.Pipe()
         self.reading = torch.full((1,), -1, dtype=torch.int64)
-        self.reading.share_memory_()  # type: ignore[no-untyped-call]
+        self.reading.share_memory_()
         self.process = context.Process(
             target=_work,
             args=(theirs, slots, self.reading, directories, os.getpid()),
