@@ -60,11 +60,7 @@ class CheckpointFiles:
     def write(self, directory: Path) -> None:
         """Into a directory that `durable.publish` watches over."""
         for name, tensors in self.tensors.items():
-            save_file(
-                {key: _own_memory(tensor) for key, tensor in tensors.items()},
-                directory / name,
-                {"format": "pt"},
-            )
+            save_file(_own_memory(tensors), directory / name, {"format": "pt"})
         for name, text in self.texts.items():
             (directory / name).write_text(text, encoding="utf-8")
 
@@ -194,10 +190,17 @@ def _config(model: nn.Module, walked: ModelWalk, tensors: Mapping[str, Tensor]) 
     }
 
 
-def _own_memory(tensor: Tensor) -> Tensor:
-    """safetensors writes no views."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors writes neither views nor two tensors that share their memory."""
+    owned: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        storage = whole.untyped_storage()
+        is_shared = storage.nbytes() != whole.nbytes or storage.data_ptr() in seen
+        owned[name] = whole.clone() if is_shared else whole
+        seen.add(storage.data_ptr())
+    return owned
 
 
 def _load_file(path: Path) -> dict[str, Tensor]:
