@@ -517,3 +517,13 @@ def test_a_path_without_a_saved_model_is_one_line(kind: str, tmp_path: Path) -> 
 
     assert caught.value.exit_code == (2 if kind in ("missing", "file") else 4)
     assert "save_bitnet" in str(caught.value)
+
+
+def test_whoever_can_read_the_configuration_can_read_the_weights(tmp_path: Path) -> None:
+    model = tiny_llama()
+    convert_to_bitnet(model)
+
+    saved = save_bitnet(model, tmp_path / "saved")
+
+    modes = {path.name: path.stat().st_mode for path in saved.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
