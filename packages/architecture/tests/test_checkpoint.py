@@ -527,3 +527,13 @@ def test_whoever_can_read_the_configuration_can_read_the_weights(tmp_path: Path)
 
     modes = {path.name: path.stat().st_mode for path in saved.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_the_card_of_a_packed_bf16_model_warns_of_rounded_scales(tmp_path: Path) -> None:
+    model = converted()
+
+    exact = save_bitnet(model, tmp_path / "fp32", layout="stock", packed=True) / "README.md"
+    rounded = save_bitnet(model.bfloat16(), tmp_path / "bf16", layout="stock", packed=True) / "README.md"
+
+    assert 'dtype="float32"' in rounded.read_text()
+    assert 'dtype="float32"' not in exact.read_text()
