@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.integrations.bitnet import pack_weights
 
 from bitnet_arch.bitlinear import BitLinearNoActivationQuant, set_quant_amount, set_sparsity, set_subln_amount
 from bitnet_arch.checkpoint import checkpoint_files, load_bitnet, load_packed, save_bitnet
@@ -160,6 +161,18 @@ def test_ties_are_those_of_the_model_whatever_its_configuration_says(layout: Any
         assert loaded.config.tie_word_embeddings == (name == "tied")
 
 
+def test_tensors_that_share_memory_without_being_tied_are_saved_each(tmp_path: Path) -> None:
+    model = converted(tiny_mistral)
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data)
+    fused = torch.randn(3 * 48, 48)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.q_proj.weight = nn.Parameter(fused[48 * index : 48 * (index + 1)])
+
+    loaded = load_bitnet(save_bitnet(model, tmp_path / "saved"))
+
+    assert torch.equal(logits(loaded), logits(model))
+
+
 @cases
 def test_what_was_left_dense_stays_dense(layout: Any, packed: bool, tmp_path: Path) -> None:
     model = converted(tiny_bitnet, exclude=("v_proj", "layers.0.mlp"))
@@ -257,16 +270,13 @@ def test_load_packed_gives_the_codes_and_scales_of_the_latent_weights(
 
 
 def test_packing_is_transformers_packing() -> None:
-    from transformers.integrations.bitnet import unpack_weights
-
     codes = torch.randint(-1, 2, (8, 5), generator=torch.Generator().manual_seed(0)).to(torch.int8)
 
     packed = pack(codes)
 
+    assert torch.equal(packed, pack_weights(codes.clone()))
     assert packed.shape == (2, 5)
     assert torch.equal(unpack(packed), codes)
-    eager = getattr(unpack_weights, "_torchdynamo_orig_callable", unpack_weights)
-    assert torch.equal(eager(packed, torch.int8), codes)
 
 
 def packed_model(tmp_path: Path) -> Any:
@@ -507,3 +517,23 @@ def test_a_path_without_a_saved_model_is_one_line(kind: str, tmp_path: Path) -> 
 
     assert caught.value.exit_code == (2 if kind in ("missing", "file") else 4)
     assert "save_bitnet" in str(caught.value)
+
+
+def test_whoever_can_read_the_configuration_can_read_the_weights(tmp_path: Path) -> None:
+    model = tiny_llama()
+    convert_to_bitnet(model)
+
+    saved = save_bitnet(model, tmp_path / "saved")
+
+    modes = {path.name: path.stat().st_mode for path in saved.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_the_card_of_a_packed_bf16_model_warns_of_rounded_scales(tmp_path: Path) -> None:
+    model = converted()
+
+    exact = save_bitnet(model, tmp_path / "fp32", layout="stock", packed=True) / "README.md"
+    rounded = save_bitnet(model.bfloat16(), tmp_path / "bf16", layout="stock", packed=True) / "README.md"
+
+    assert 'dtype="float32"' in rounded.read_text()
+    assert 'dtype="float32"' not in exact.read_text()

@@ -1,7 +1,7 @@
 """Save and load ternary models: directories that are whole or not there, safetensors and json only.
 
     model.safetensors  config.json  generation_config.json  bitnet.json  README.md  [tokenizer files]
-    manifest.json [originals.safetensors: what the stock layout cannot hold to the bit]
+    manifest.json  [originals.safetensors: what the stock layout cannot hold to the bit]
 
 `training` is the layout of every run: plain tensors under their own names. `stock` is what plain
 transformers loads, see `stock`.
@@ -9,6 +9,7 @@ transformers loads, see `stock`.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +61,12 @@ class CheckpointFiles:
     def write(self, directory: Path) -> None:
         """Into a directory that `durable.publish` watches over."""
         for name, tensors in self.tensors.items():
-            save_file(
-                {key: _own_memory(tensor) for key, tensor in tensors.items()},
-                directory / name,
-                {"format": "pt"},
-            )
+            save_file(_own_memory(tensors), directory / name, {"format": "pt"})
         for name, text in self.texts.items():
             (directory / name).write_text(text, encoding="utf-8")
+        # safetensors makes files for their owner alone; a model is as readable as its configuration.
+        for name in self.tensors:
+            shutil.copymode(directory / "config.json", directory / name)
 
 
 def save_bitnet(
@@ -117,7 +117,7 @@ def checkpoint_files(
     texts = {
         "config.json": json.dumps(config, indent=2, sort_keys=True) + "\n",
         RECORD_NAME: record.to_json(),
-        "README.md": model_card(record, type(model).__name__),
+        "README.md": model_card(record, type(model).__name__, config["dtype"]),
     }
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
@@ -194,10 +194,17 @@ def _config(model: nn.Module, walked: ModelWalk, tensors: Mapping[str, Tensor]) 
     }
 
 
-def _own_memory(tensor: Tensor) -> Tensor:
-    """safetensors writes no views."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors writes neither views nor two tensors that share their memory."""
+    owned: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        storage = whole.untyped_storage()
+        is_shared = storage.nbytes() != whole.nbytes or storage.data_ptr() in seen
+        owned[name] = whole.clone() if is_shared else whole
+        seen.add(storage.data_ptr())
+    return owned
 
 
 def _load_file(path: Path) -> dict[str, Tensor]:

@@ -28,16 +28,21 @@ model = AutoModelForCausalLM.from_pretrained("this/directory")
 
 transformers needs `accelerate` for this, and compiles its quantisers at their first call, which takes some
 ten seconds and a C++ compiler. Where there is none, or for a short run, set the environment variable
-`TORCHDYNAMO_DISABLE=1`.
+`TORCHDYNAMO_DISABLE=1`.{rounding}
 
 With bitnet-arch the same directory loads to the bit as it was saved:
 """
 
+ROUNDING = """
+
+The scales are stored in float32. transformers rounds them to the dtype of the model; pass
+`dtype="float32"` to keep them exact."""
+
 TRAINING = """
 ## Load it
 
-These are the weights as they are trained{reason}, in a layout that transformers does not load. With
-bitnet-arch:
+These are the weights as they are trained{reason}. transformers alone would take them for those of a dense
+model. With bitnet-arch:
 """
 
 OURS = """
@@ -48,12 +53,13 @@ model = load_bitnet("this/directory")
 ```
 """
 
-EXPORT = """ To write the layout that transformers loads, at λ = μ = 1: `save_bitnet(model,
-"other/directory", layout="stock")`.
+EXPORT = """
+To write the layout that transformers runs as ternary, at λ = μ = 1:
+`save_bitnet(model, "other/directory", layout="stock")`.
 """
 
 
-def model_card(record: BitnetRecord, architecture: str) -> str:
+def model_card(record: BitnetRecord, architecture: str, dtype: str) -> str:
     """Markdown, with the front matter that model hubs read."""
     header = HEADER.format(
         architecture=architecture, num_ternary=len(record.ternary), subln=_subln_sentence(record)
@@ -65,7 +71,12 @@ def model_card(record: BitnetRecord, architecture: str) -> str:
             if record.packed
             else "latent weights, quantised as they run"
         )
-        return header + STOCK.format(transformers=record.versions["transformers"], weights=weights) + ours
+        card = STOCK.format(
+            transformers=record.versions["transformers"],
+            weights=weights,
+            rounding=ROUNDING if record.packed and dtype != "float32" else "",
+        )
+        return header + card + ours
     return header + TRAINING.format(reason=_unfinished(record)) + ours + EXPORT
 
 

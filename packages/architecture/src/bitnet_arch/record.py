@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -150,8 +151,13 @@ def describe(model: nn.Module, walked: ModelWalk, *, layout: Layout, packed: boo
         exceptions={path: settings for path, settings in different.items() if settings},
         ties=_ties(model),
         buffer_dtypes=_buffer_dtypes(model),
-        versions={name: version(name) for name in ("bitnet-arch", "torch", "transformers")},
+        versions=_versions(),
     )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("bitnet-arch", "torch", "transformers")}
 
 
 def _settings(layer: BitLinear) -> dict[str, Any]:

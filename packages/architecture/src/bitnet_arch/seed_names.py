@@ -43,7 +43,8 @@ def convert_linear_to_bitlinear(module: nn.Module, exclude_names: Sequence[str] 
     excluded = set(exclude_names or ())
     converted: dict[nn.Module, BitLinear] = {}
     for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
+        # Not `named_children`, which names a child that is there twice only once.
+        for name, child in list(parent._modules.items()):
             if type(child) is nn.Linear and name not in excluded and child is not head:
                 # A layer that is used in two places stays one layer.
                 parent.register_module(name, converted.setdefault(child, BitLinear.from_linear(child)))
