@@ -58,8 +58,8 @@ def llama() -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     return LlamaForCausalLM(config)
 
 
