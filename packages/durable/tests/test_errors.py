@@ -60,6 +60,14 @@ def test_a_dotted_key_is_recognised_by_its_whole_and_by_its_last_part(found: str
     )
 
 
+def test_a_right_last_part_outweighs_a_longer_likeness() -> None:
+    choices = ["max_shards", "training.optimizer.muon.max_steps"]
+
+    assert "did you mean 'training.optimizer.muon.max_steps'?" in str(
+        UserError("x", "max_steps", choices=choices)
+    )
+
+
 def test_nothing_is_suggested_when_nothing_is_close() -> None:
     error = UserError("optimizer: no such choice", found="zzz", choices=["adamw", "muonclip"])
 

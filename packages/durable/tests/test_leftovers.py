@@ -183,3 +183,4 @@ def test_a_link_named_like_a_leftover_is_not_followed(tmp_path: Path) -> None:
     recover(tmp_path)
 
     assert (tmp_path / "precious" / "file").exists()
+    assert (tmp_path / dead_name("tmp")).is_symlink()

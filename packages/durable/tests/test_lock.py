@@ -159,15 +159,19 @@ def test_a_lock_file_removed_by_hand_is_made_again(tmp_path: Path) -> None:
         assert "is in use" in refusal(tmp_path)
 
 
-def test_a_lock_file_removed_while_it_is_being_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("another_takes_its_name", [False, True])
+def test_a_lock_file_removed_while_it_is_being_locked_is_not_the_one_that_counts(
+    another_takes_its_name: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = fcntl.flock
     removals = [tmp_path / "run.lock"]
 
     def remove_then_lock(descriptor: int, operation: int) -> None:
         if removals:
-            removals.pop().unlink()
+            path = removals.pop()
+            path.unlink()
+            if another_takes_its_name:
+                path.touch()
         real(descriptor, operation)
 
     monkeypatch.setattr("fcntl.flock", remove_then_lock)

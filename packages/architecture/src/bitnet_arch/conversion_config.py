@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, TypeVar
 
-from bitnet_arch.subln_calibration import Batch
+from bitnet_arch.calibration_batches import Batch
 from durable import ExitCode, UserError
 
 

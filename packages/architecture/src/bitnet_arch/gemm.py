@@ -2,9 +2,9 @@
 not.
 
 The product of int8 activations and ternary codes is a sum of integers below 2^24 for every width up to
-132,104, so int8, bf16-in-fp32-out and fp32 GEMMs all give the same bits. What differs is speed, measured
-(docs/experiments.md): with VNNI an int8 GEMM is four times a fp32 one; without, torch runs a reference loop
-fifty times slower. On AMD the default fp32 GEMM runs at half of what oneDNN reaches.
+132,104, so int8, bf16-in-fp32-out and fp32 GEMMs all give the same bits. What differs is speed: without VNNI
+torch multiplies int8 in a reference loop, forty times slower than fp32 (docs/experiments.md). On AMD, MKL
+takes a slow path for fp32 and oneDNN does not.
 
 Shapes: q [M, K]; codes [N, K].
 """

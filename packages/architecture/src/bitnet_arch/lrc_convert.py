@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_arch.bitlinear import BitLinear
+from bitnet_arch.calibration_batches import Batch, evaluating, model_inputs, token_rows
 from bitnet_arch.finite import refuse_unusable_tensors
 from bitnet_arch.lrc import BitLinearLRC, LRCInit, chosen_rank
 from bitnet_arch.lrc_solve import InputStatistics, solve
 from bitnet_arch.quant import dequantize_activations, quantize_activations
 from bitnet_arch.sparsity import sparsify
-from bitnet_arch.subln_calibration import Batch
-from bitnet_arch.subln_calibration import _evaluating as evaluating
-from bitnet_arch.subln_calibration import _model_inputs as model_inputs
 from durable import ExitCode, UserError
 
 
@@ -194,19 +192,12 @@ def _recorder(
         y = sparsify(x, layer.sparsity)
         if layer.quantizes_activations:
             y = dequantize_activations(*quantize_activations(y))
-        statistics.add(_unpadded(x, mask_BT), _unpadded(y, mask_BT))
+        statistics.add(token_rows(x, mask_BT), token_rows(y, mask_BT))
         waiting.discard(path)
         if not waiting:
             raise _AllSeenError
 
     return record
-
-
-def _unpadded(x: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Rows of tokens; a 2-D mask of the same batch says which are padding."""
-    if mask_BT is not None and mask_BT.ndim == 2 and mask_BT.shape == x.shape[:2]:
-        return x[mask_BT.bool()]
-    return x.flatten(0, -2)
 
 
 def _check(path: str, statistics: InputStatistics) -> None:

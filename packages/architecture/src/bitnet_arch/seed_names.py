@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bitnet_arch.bitlinear import BitLinear
+from bitnet_arch.calibration_batches import Batch
 from bitnet_arch.checkpoint import save_bitnet
 from bitnet_arch.conversion_config import ConversionConfig, SubLNInit, SubLNPlacement
 from bitnet_arch.convert import convert_to_bitnet
 from bitnet_arch.subln import SubLN
-from bitnet_arch.subln_calibration import Batch
 from bitnet_arch.walk import OUTPUTS, PROJECTIONS
 from durable import ExitCode, UserError
 

@@ -23,14 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_arch.bitlinear import BitLinear, bitlinears
+from bitnet_arch.calibration_batches import Batch, evaluating, model_inputs, token_rows
 from bitnet_arch.subln import SubLN
-from bitnet_arch.walk import config_of
 from durable import ExitCode, UserError
-
-Batch = Tensor | Mapping[str, Tensor]
-"""Token ids [B, T] or [T], or a dict of model inputs with `input_ids` and perhaps `attention_mask`, whose
-zeros are padding.
-"""
 
 
 class InputMagnitude:
@@ -92,9 +87,9 @@ def subln_gains(model: nn.Module, projections: Sequence[str], batches: Iterable[
     """The gain for a SubLN in front of each projection, measured on the model as it is."""
     magnitudes = {path: InputMagnitude() for path in projections}
     num_batches = 0
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for batch in batches:
-            inputs = _model_inputs(batch, model)
+            inputs = model_inputs(batch, model)
             mask = inputs.get("attention_mask")
             with ExitStack() as hooks:
                 for path, magnitude in magnitudes.items():
@@ -110,41 +105,9 @@ def _recorder(
     magnitude: InputMagnitude, mask_BT: Tensor | None
 ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x_BTK = inputs[0]
-        # A 4-D mask says who sees whom, not what is padding.
-        is_padded = mask_BT is not None and mask_BT.ndim == 2 and mask_BT.shape == x_BTK.shape[:2]
-        magnitude.add(x_BTK[mask_BT.bool()] if is_padded and mask_BT is not None else x_BTK.flatten(0, -2))
+        magnitude.add(token_rows(inputs[0], mask_BT))
 
     return record
-
-
-def _model_inputs(batch: Batch, model: nn.Module) -> dict[str, Any]:
-    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim not in (1, 2) or ids.numel() == 0:
-        raise UserError(
-            "A calibration batch is not a tensor of token ids",
-            found=f"{type(batch).__name__}"
-            if ids is None
-            else f"{type(ids).__name__} {tuple(getattr(ids, 'shape', ()))}",
-            fix="pass integer tensors shaped [batch, tokens], or dicts with such a tensor under input_ids",
-            exit_code=ExitCode.BAD_INPUT,
-        )
-    vocab_size = config_of(model).vocab_size
-    if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
-        raise UserError(
-            "A calibration batch holds token ids that the model does not have",
-            found=f"ids from {int(ids.min())} to {int(ids.max())}",
-            fix=f"use the model's own tokenizer: its ids lie below {vocab_size}",
-            exit_code=ExitCode.BAD_INPUT,
-        )
-    device = next(model.parameters()).device
-    moved = {
-        name: value.to(device)
-        for name, value in inputs.items()
-        if isinstance(value, Tensor) and name != "labels"
-    }
-    return moved | {"input_ids": ids.to(device).reshape(-1, ids.shape[-1]), "use_cache": False}
 
 
 def _check_measured(magnitudes: Mapping[str, InputMagnitude], num_batches: int) -> None:
@@ -163,17 +126,6 @@ def _check_measured(magnitudes: Mapping[str, InputMagnitude], num_batches: int) 
                 fix="check the model's weights, or calibrate in float32",
                 exit_code=ExitCode.BAD_DATA,
             )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was_training.items():
-            module.training = training
 
 
 @contextmanager

@@ -158,7 +158,8 @@ def _seal(temporary: Path, final: Path, metadata: Mapping[str, object] | None) -
     files = {path: _hash_and_sync(temporary / path) for path in tree.files}
     text = render(Manifest(files, normal_metadata(metadata)))
     if len(text) > LARGEST_MANIFEST:
-        raise _in_the_way(final, f"has too many files to publish ({len(files):,})", "put many into one")
+        what = f"needs a manifest of {len(text):,} bytes for its {len(files):,} files, which is too large"
+        raise _in_the_way(final, what, f"put many files into one: {LARGEST_MANIFEST:,} bytes are allowed")
     write_new_file(temporary / MANIFEST_NAME, text)
     for path in [*reversed(tree.directories), ""]:
         sync_directory(temporary / path)
