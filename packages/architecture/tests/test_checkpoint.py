@@ -107,7 +107,7 @@ def test_settings_come_back_of_the_model_and_of_layers_that_differ(tmp_path: Pat
     set_subln_amount(model, 0.25)
     set_sparsity(model, Sparsity(0.5, block=4))
     special = model.model.layers[1].mlp.up_proj
-    special.quant_amount, special.sparsity = 0.75, None
+    special.quant_amount, special.activation_amount, special.sparsity = 0.75, 0.5, None
 
     loaded: Any = load_bitnet(save_bitnet(model, tmp_path / "saved"))
 
@@ -118,7 +118,8 @@ def test_settings_come_back_of_the_model_and_of_layers_that_differ(tmp_path: Pat
     assert torch.equal(logits(loaded), logits(model))
     record = json.loads((tmp_path / "saved" / "bitnet.json").read_text())
     assert record["settings"]["quant_amount"] == 0.375
-    assert record["exceptions"]["model.layers.1.mlp.up_proj"] == {"quant_amount": 0.75, "sparsity": None}
+    different = {"quant_amount": 0.75, "activation_amount": 0.5, "sparsity": None}
+    assert record["exceptions"]["model.layers.1.mlp.up_proj"] == different
 
 
 def test_layers_without_activation_quantisation_stay_so(tmp_path: Path) -> None:
