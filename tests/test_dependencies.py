@@ -66,6 +66,14 @@ def test_what_a_package_imports_it_declares(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", ARROWS)
+def test_the_root_installs_what_the_tests_of_a_package_ask_for(package: str) -> None:
+    root = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    member = tomllib.loads((ROOT / "packages" / FOLDERS[package] / "pyproject.toml").read_text())
+
+    assert set(member["dependency-groups"]["dev"]) <= set(root["dependency-groups"]["dev"])
+
+
+@pytest.mark.parametrize("package", ARROWS)
 def test_tests_of_a_package_need_that_package_only(package: str) -> None:
     tests = ROOT / "packages" / FOLDERS[package] / "tests"
 
