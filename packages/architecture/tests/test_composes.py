@@ -97,6 +97,23 @@ def test_a_compiled_step_sees_the_weights_of_the_last_optimizer_step() -> None:
         torch.testing.assert_close(compiled(x), block(x), rtol=1e-3, atol=1e-3)
 
 
+def test_a_compiled_block_keeps_int8_only_where_it_cannot_round_again() -> None:
+    block, x = make_block()
+    compiled: Any = torch.compile(block, backend="aot_eager_decomp_partition", fullgraph=True)
+    kept: list[tuple[int, ...]] = []
+
+    def remember(value: Tensor) -> Tensor:
+        if value.dtype == torch.int8 and value.shape[0] == x[..., 0].numel():  # by token
+            kept.append(tuple(value.shape))
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda value: value):
+        compiled(x.requires_grad_())
+
+    # The output of attention. The others follow from what the norms and the gate keep anyway.
+    assert kept == [(14, 32)]
+
+
 @pytest.mark.slow
 def test_generated_kernels_give_the_eager_result() -> None:
     block, x = make_block()

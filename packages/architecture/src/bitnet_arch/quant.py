@@ -81,6 +81,9 @@ def ternary(weight: Tensor) -> Tensor:
 def token_absmax(x: Tensor) -> Tensor:
     """Largest magnitude of every token in fp32, at least EPS. NaN and Inf stay visible."""
     x = x.detach()
+    if torch.compiler.is_compiling():
+        # The partitioner does not know amin as fusible: with it, it would keep all that follows for backward.
+        return x.abs().amax(dim=-1, keepdim=True).float().clamp(min=EPS)
     # Two reductions read x twice and write nothing; |x| first would write a copy of it.
     return torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)).float().clamp(min=EPS)
 
