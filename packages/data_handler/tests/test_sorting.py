@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from data_handler import HELD_OUT, NUM_SAMPLES, decode, encode, sorting_batch
-from data_handler.sorting import IGNORED_LABEL, PROMPT_LENGTH
+from data_handler.sorting import (
+    HELD_OUT,
+    IGNORED_LABEL,
+    NUM_SAMPLES,
+    PROMPT_LENGTH,
+    decode,
+    encode,
+    sorting_batch,
+)
 
 
 def test_the_answer_is_the_question_sorted() -> None:

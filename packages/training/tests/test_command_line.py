@@ -31,13 +31,13 @@ def test_help_names_the_commands_within_half_a_second() -> None:
         seconds.append(child_seconds() - before)
 
     assert answer.returncode == 0
-    for command in ("demo", "convert", "doctor"):
+    for command in ("demo", "convert", "doctor", "data"):
         assert f"\n  {command} " in answer.stdout
     # CPU time, the best of three: what other processes do on this machine is not our slowness.
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("arguments", ["'--help'", "'convert', '--help'", "'convrt'"])
+@pytest.mark.parametrize("arguments", ["'--help'", "'convert', '--help'", "'data', '--help'", "'convrt'"])
 def test_no_heavy_library_is_imported_before_a_command_runs(arguments: str) -> None:
     program = (
         "import sys\nfrom wrinklefree.cli import main\n"

@@ -3,13 +3,11 @@
     prepare ─► Shards ─► MixtureSchedule ─► TrainingLoader ─► Batch
                   └────► Probe ─► influence: which source helps
 
-The names below that read files are imported on first use, so `import data_handler` needs torch alone.
+Names are imported on first use, so that `--help` answers at once.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
-from data_handler.sorting import HELD_OUT, NUM_SAMPLES, Batch, decode, encode, sorting_batch
 
 if TYPE_CHECKING:
     from data_handler.config import DataConfig, SourceConfig, list_available_configs, load_data_config
@@ -18,9 +16,11 @@ if TYPE_CHECKING:
     from data_handler.mixture import MixtureSchedule
     from data_handler.probes import Probe, require_disjoint
     from data_handler.shards import Shards
+    from data_handler.types import Batch
 
 __version__ = "0.1.0"
 _HOMES = {
+    "Batch": "types",
     "DataConfig": "config",
     "MixtureSchedule": "mixture",
     "Probe": "probes",
@@ -33,8 +33,6 @@ _HOMES = {
     "require_disjoint": "probes",
 }
 __all__ = [
-    "HELD_OUT",
-    "NUM_SAMPLES",
     "Batch",
     "DataConfig",
     "MixtureSchedule",
@@ -43,12 +41,9 @@ __all__ = [
     "SourceConfig",
     "TrainingLoader",
     "attention_mask",
-    "decode",
-    "encode",
     "list_available_configs",
     "load_data_config",
     "require_disjoint",
-    "sorting_batch",
 ]
 
 

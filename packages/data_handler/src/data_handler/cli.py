@@ -18,8 +18,10 @@ app = typer.Typer(
     name="data",
     help="Prepare training data and look at it.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ConfigName = Annotated[str, typer.Argument(help="A shipped config (see `list`), or the path of a YAML file.")]
@@ -121,14 +123,19 @@ def verify(directory: Annotated[Path, typer.Argument(help="What `prepare` wrote.
 register(app)
 
 
-def main(run: Callable[[], object] = app) -> None:
+def main(run: Callable[..., object] = app) -> None:
     """Run the command line; errors a user can meet are one line and their exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        run()
+        code = run(prog_name="data_handler", standalone_mode=False)
+    except typer.TyperException as error:
+        wrong = UserError(error.format_message().rstrip("."), fix="see `python -m data_handler --help`")
+        print(error_line(wrong), file=sys.stderr)
+        sys.exit(wrong.exit_code)
     except UserError as error:
         print(error_line(error), file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         print(error_line(error), file=sys.stderr)
         sys.exit(ExitCode.CANNOT_WRITE)
+    sys.exit(code if isinstance(code, int) else 0)

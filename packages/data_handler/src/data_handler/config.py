@@ -130,7 +130,7 @@ def get_config_path(name: str) -> Path:
         raise UserError(
             "data.config_name: no such data config",
             name,
-            "or give the path of a YAML file",
+            "give one of these names, or the path of a YAML file",
             choices=list_available_configs(),
         )
     return CONFIG_DIR / f"{name}.yaml"

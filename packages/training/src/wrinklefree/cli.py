@@ -122,6 +122,17 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSO
     run(as_json=as_json)
 
 
+@app.command(
+    add_help_option=False,  # the commands behind it have their own
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def data(context: typer.Context) -> None:
+    """Prepare training data and look at it: list, show, prepare, preview, stats, verify, score, reweight."""
+    from data_handler.cli import app as data_app
+
+    data_app(context.args or ["--help"], prog_name="wrinklefree data", standalone_mode=False)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
