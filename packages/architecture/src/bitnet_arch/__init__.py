@@ -29,7 +29,7 @@ from bitnet_arch.sparsity import Sparsity
 from bitnet_arch.subln import RMSNorm, SubLN
 from bitnet_arch.subln_calibration import calibrate_subln
 from bitnet_arch.walk import ModelWalk, walk
-from bitnet_arch.warmup import BitLinearWithWarmup, LambdaWarmup
+from bitnet_arch.warmup import BitLinearWithWarmup, LambdaWarmup, Schedule, ramp_amount
 
 __all__ = [
     "BitLinear",
@@ -43,6 +43,7 @@ __all__ = [
     "LambdaWarmup",
     "ModelWalk",
     "RMSNorm",
+    "Schedule",
     "Sparsity",
     "SubLN",
     "SubLNInit",
@@ -62,6 +63,7 @@ __all__ = [
     "load_packed",
     "quantize_activations",
     "quantize_weight",
+    "ramp_amount",
     "run_stage1",
     "save_bitnet",
     "set_backward_dtype",

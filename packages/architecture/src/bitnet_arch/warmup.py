@@ -51,8 +51,8 @@ class LambdaWarmup:
         """The λ of the present step."""
         if self.is_warmup_complete():
             return self.max_lambda
-        progress = self.current_step / self.warmup_steps
-        return self.min_lambda + (self.max_lambda - self.min_lambda) * _shape(self.schedule, progress)
+        share = ramp_amount(self.current_step, self.warmup_steps, self.schedule)
+        return self.min_lambda + (self.max_lambda - self.min_lambda) * share
 
     def is_warmup_complete(self) -> bool:
         return self.current_step >= self.warmup_steps
@@ -148,7 +148,11 @@ class BitLinearWithWarmup(BitLinear):
         return self.quant_amount
 
 
-def _shape(schedule: Schedule, progress: float) -> float:
+def ramp_amount(step: int, steps: int, schedule: Schedule = Schedule.linear) -> float:
+    """How far a dial is, from 0 to 1, after `step` of `steps` optimizer steps."""
+    if step >= steps:
+        return 1.0
+    progress = step / steps
     match schedule:
         case Schedule.linear:
             return progress
