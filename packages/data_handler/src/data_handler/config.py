@@ -168,20 +168,13 @@ def parse_data_config(raw: bytes, *, where: str) -> DataConfig:
     listed = values.get("sources")
     if not isinstance(listed, dict) or not listed:
         raise UserError(f"{where}: sources must be a table with at least one source", repr(listed))
-    values["sources"] = {name: _source(where, name, source) for name, source in listed.items()}
+    values["sources"] = {
+        name: SourceConfig(**_known_keys(source, SourceConfig, f"{where}: sources.{name}"))
+        for name, source in listed.items()
+    }
     config = DataConfig(**values)
-    _check_config(config, where)
+    require_sound(config, where)
     return config
-
-
-def _source(where: str, name: object, content: object) -> SourceConfig:
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
-        raise UserError(f"{where}: a source has a name of letters, digits, - and _", repr(name))
-    source = SourceConfig(**_known_keys(content, SourceConfig, f"{where}: sources.{name}"))
-    if wrong := source.problem():
-        key, what, found = wrong
-        raise UserError(f"{where}: sources.{name}.{key} {what}", repr(found))
-    return source
 
 
 def _known_keys(content: object, kind: type, where: str) -> dict[str, Any]:
@@ -226,7 +219,14 @@ def _converted(value: object, hint: Any, where: str) -> Any:
     raise UserError(f"{where} must be of type {name}", repr(value))
 
 
-def _check_config(config: DataConfig, where: str) -> None:
+def require_sound(config: DataConfig, where: str) -> None:
+    """UserError (exit code 2) names the first value that makes no sense, be it from YAML or from code."""
+    for source_name, source in config.sources.items():
+        if not isinstance(source_name, str) or not _NAME.fullmatch(source_name) or ".." in source_name:
+            raise UserError(f"{where}: a source has a name of letters, digits, - and _", repr(source_name))
+        if wrong := source.problem():
+            key, what, found = wrong
+            raise UserError(f"{where}: sources.{source_name}.{key} {what}", repr(found))
     if not _NAME.fullmatch(config.name):
         raise UserError(f"{where}: name has letters, digits, - and _ only", repr(config.name))
     if config.piece_bytes < 1 or config.max_line_bytes < 1:
