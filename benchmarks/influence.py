@@ -5,7 +5,8 @@
 
     steps     (a) one descent step on each example: does its score rank what happens to the probe's loss?
     sources   (b) train without each of six sources: do mean scores rank what is missed?
-    planted   (c) a useful and a garbage source among four: where do the weights go, and does the probe gain?
+    planted   (c) useful, neutral, garbage and contrary sources: what does mixing each in cost the probe,
+                  where do the weights go, and does the probe gain?
     control   (d) four times the same source: do the weights stay?
 
 Models and sources are those of `data_handler.influence.truth`; numbers are over seeds, with a 95 % bootstrap
@@ -28,9 +29,12 @@ from data_handler.influence.truth import (
     TinyDecoder,
     Tokens,
     draw,
+    harm,
     join,
     markov_chain,
+    mean_loss,
     next_token_loss,
+    planted_chains,
     planted_run,
     spearman,
     step_truth,
@@ -94,13 +98,11 @@ def sources(seed: int, *, num_sources: int = 6, num_steps: int = 150) -> dict[st
         train(model, batch, steps=num)
         return model
 
-    def loss_of(model: TinyDecoder) -> float:
-        with torch.no_grad():
-            return float(next_token_loss(model, test).mean())
-
     everything = list(range(num_sources))
-    whole = loss_of(trained(everything, num_steps))
-    missed = [loss_of(trained([p for p in everything if p != out], num_steps)) - whole for out in everything]
+    whole = mean_loss(trained(everything, num_steps), test)
+    missed = [
+        mean_loss(trained([p for p in everything if p != out], num_steps), test) - whole for out in everything
+    ]
     half = trained(everything, num_steps // 2)
     found = {}
     for method in InfluenceMethod:
@@ -116,16 +118,18 @@ def sources(seed: int, *, num_sources: int = 6, num_steps: int = 150) -> dict[st
 
 
 def planted(seed: int) -> dict[str, float]:
-    """(c) Final weights, and the probe loss against the static mixture (below 0: influence won)."""
-    chains = {
-        "useful": markov_chain(10 * seed + 1),
-        "neutral": markov_chain(10 * seed + 2),
-        "other": markov_chain(10 * seed + 3),
-        "garbage": markov_chain(10 * seed + 4, sharpness=0.0),
-    }
+    """(c) What each source costs, final weights, loss against the static mixture (below 0: it won)."""
+    chains = planted_chains(seed)
     moving = planted_run(chains, chains["useful"], seed=seed, follow_influence=True)
     static = planted_run(chains, chains["useful"], seed=seed, follow_influence=False)
-    return {**moving.weights, "probe loss, moving − static": moving.probe_loss - static.probe_loss}
+    return {
+        **{
+            f"cost of mixing in {name}": cost
+            for name, cost in harm(chains, chains["useful"], seed=seed).items()
+        },
+        **{f"final weight of {name}": weight for name, weight in moving.weights.items()},
+        "probe loss, moving − static": moving.probe_loss - static.probe_loss,
+    }
 
 
 def control(seed: int) -> dict[str, float]:

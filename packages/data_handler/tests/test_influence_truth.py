@@ -10,9 +10,11 @@ from data_handler.influence.datainf import create_influence_calculator
 from data_handler.influence.truth import (
     TinyDecoder,
     draw,
+    harm,
     join,
     markov_chain,
     next_token_loss,
+    planted_chains,
     planted_run,
     spearman,
     step_truth,
@@ -55,20 +57,25 @@ def test_scores_rank_examples_as_one_step_on_each_does() -> None:
     assert statistics.median(each["datainf"] for each in found) >= 0.6
 
 
-def test_a_planted_useful_source_moves_up_and_a_garbage_source_down() -> None:
-    chains = {
-        "useful": markov_chain(1),
-        "neutral": markov_chain(2),
-        "other": markov_chain(3),
-        "garbage": markov_chain(4, sharpness=0.0),
-    }
+def test_planted_sources_are_worth_what_their_names_say() -> None:
+    found = [harm(planted_chains(seed), planted_chains(seed)["useful"], seed=seed) for seed in range(3)]
 
+    for harms in found:
+        assert harms["useful"] < 0.02
+        assert abs(harms["neutral"]) < 0.02
+        assert min(harms["garbage"], harms["contrary"]) > 0.1
+
+
+def test_weights_follow_what_planted_sources_are_worth() -> None:
     for seed in range(3):
+        chains = planted_chains(seed)
+
         weights = planted_run(chains, chains["useful"], seed=seed, follow_influence=True).weights
 
         assert weights["useful"] > 0.30
-        assert weights["garbage"] < 0.25
-        assert max(weights, key=lambda name: weights[name]) == "useful"
+        assert weights["useful"] > weights["neutral"] > weights["garbage"]
+        assert weights["neutral"] > weights["contrary"]
+        assert max(weights["garbage"], weights["contrary"]) < 0.25
 
 
 def test_where_no_source_is_better_weights_stay_near_uniform() -> None:

@@ -22,6 +22,8 @@ from data_handler.influence.tracker import InfluenceTracker
 
 VOCABULARY = 24
 LENGTH = 16
+EVERY_TOKEN = slice(None)
+LOWER_HALF, UPPER_HALF = slice(VOCABULARY // 2), slice(VOCABULARY // 2, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +72,35 @@ def next_token_loss(model: nn.Module, batch: Tokens) -> Tensor:
     return loss_BT.mean(dim=1)
 
 
-def markov_chain(seed: int, *, sharpness: float = 3.0) -> Tensor:
-    """[V, V] transition probabilities; sharpness 0 is uniform noise, from which nothing can be learnt."""
+def markov_chain(seed: int, *, sharpness: float = 3.0, tokens: slice = EVERY_TOKEN) -> Tensor:
+    """[V, V] transition probabilities, all of them to `tokens`; sharpness 0 is uniform noise."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64)
-    return torch.softmax(sharpness * logits, dim=1)
+    outside = torch.full((VOCABULARY,), -torch.inf, dtype=torch.float64)
+    outside[tokens] = 0.0
+    return torch.softmax(sharpness * logits + outside, dim=1)
+
+
+def planted_chains(seed: int) -> dict[str, Tensor]:
+    """Sources of known worth to a probe that is like `useful`, the best first.
+
+    `neutral` has tokens that the probe never has, so it teaches nothing about the probe's; `garbage` gives
+    each of the probe's tokens the same chance; `contrary` has them, too, and is sure of other successions.
+    """
+    return {
+        "useful": markov_chain(4 * seed, tokens=LOWER_HALF),
+        "neutral": markov_chain(4 * seed + 1, tokens=UPPER_HALF),
+        "garbage": markov_chain(4 * seed + 2, sharpness=0.0, tokens=LOWER_HALF),
+        "contrary": markov_chain(4 * seed + 3, tokens=LOWER_HALF),
+    }
 
 
 def draw(chain: Tensor, num: int, generator: torch.Generator) -> Tokens:
-    """`num` walks of `LENGTH` tokens."""
+    """`num` walks of `LENGTH` tokens, which begin where a step from any token leads."""
     ids = [torch.randint(0, VOCABULARY, (num,), generator=generator)]
-    for _ in range(LENGTH - 1):
+    for _ in range(LENGTH):
         ids.append(torch.multinomial(chain[ids[-1]], 1, generator=generator).squeeze(1))
-    return Tokens(torch.stack(ids, dim=1))
+    return Tokens(torch.stack(ids[1:], dim=1))
 
 
 def join(batches: list[Tokens]) -> Tokens:
@@ -123,6 +141,31 @@ def train(model: nn.Module, draws: Callable[[int], Tokens], *, steps: int, rate:
         optimizer.zero_grad()
         torch.autograd.backward(next_token_loss(model, draws(step)).mean())
         optimizer.step()
+
+
+def mean_loss(model: nn.Module, batch: Tokens) -> float:
+    """Over all examples."""
+    with torch.no_grad():
+        return float(next_token_loss(model, batch).mean())
+
+
+def harm(
+    chains: Mapping[str, Tensor], probe_chain: Tensor, *, seed: int, steps: int = 120
+) -> dict[str, float]:
+    """Source → what mixing in as much of it costs the probe's loss, by training with it and without."""
+    held_out = draw(probe_chain, 1024, torch.Generator().manual_seed(20_000 + seed))
+
+    def trained(mixed: list[Tensor]) -> float:
+        torch.manual_seed(seed)
+        model, generators = TinyDecoder(), [torch.Generator().manual_seed(seed + n) for n in range(2)]
+        parts = list(zip(mixed, generators, strict=False))
+        train(
+            model, lambda step: join([draw(chain, 16, generator) for chain, generator in parts]), steps=steps
+        )
+        return mean_loss(model, held_out)
+
+    alone = trained([probe_chain])
+    return {name: trained([probe_chain, chain]) - alone for name, chain in chains.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +217,4 @@ def planted_run(
         torch.autograd.backward(next_token_loss(model, batch).mean())
         optimizer.step()
         tracker.on_step_end(step, step * batch_size)
-    with torch.no_grad():
-        final = float(next_token_loss(model, held_out).mean())
-    return PlantedRun(dict(tracker.weights), final, len(tracker.get_weight_history()))
+    return PlantedRun(dict(tracker.weights), mean_loss(model, held_out), len(tracker.get_weight_history()))
