@@ -1,11 +1,12 @@
-"""Text to token ids, through the tiktoken core where it gives the same ids.
+"""Text to token ids, by the fast path where it gives the same ids.
 
-A byte-level BPE without normaliser can run through the tiktoken core with the same merges: its ranks are the
-merges in order, and a table maps each rank to the tokenizer's own id. Whether that gives the same ids is
-checked on real documents before it is relied on; documents that hold one of the tokenizer's added tokens, or
-are very long, go through the tokenizer itself.
+Whether it does is checked on real documents of every piece of a source before it is relied on, so that what
+a piece becomes depends on nothing but the piece. Documents that hold one of the tokenizer's added tokens go
+through the tokenizer itself. Very long documents are cut where a word begins for certain: the tokenizer
+needs some hundred bytes of memory for each character that it sees at once.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -18,19 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_handler.demo import TOKENIZER_DIR
+from data_handler.fast_path import cut_safely, fast_path, is_known
 from data_handler.reaching import reach
 from durable import ExitCode, UserError
 
 logger = logging.getLogger(__name__)
 
-NUM_CHECKED = 64
-"""Documents on which the two ways are compared."""
-LONGEST_FAST = 100_000
-"""Characters: beyond, the regular expression of the fast path may give up."""
+NUM_CHECKED, CHARACTERS_CHECKED = 64, 2**17
+"""Documents of each piece on which the two ways are compared; fewer when they are long."""
+LONGEST_WHOLE = 2**20
+"""Characters: a longer document is cut where that changes nothing."""
 _LARGEST_TOKENIZER = 256 * 2**20
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_GPT2_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-"""As `Digits(individual_digits=True)` before the GPT-2 expression, which never sees across a digit."""
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -54,13 +53,14 @@ class TextEncoder:
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         added = [str(token["content"]) for token in self._raw.get("added_tokens") or []]
         self._added = re.compile("|".join(map(re.escape, added))) if added else None
-        self._core = _fast_core(self._raw) if fast else None
-        self._num_checked = 0
+        self._fast = self._untried = fast_path(self._raw) if fast else None
+        self._is_known = is_known(self._raw)
+        self._num_checked = self._characters_checked = 0
 
     @property
     def is_fast(self) -> bool:
         """Whether documents go through the tiktoken core."""
-        return self._core is not None
+        return self._fast is not None
 
     @property
     def fingerprint(self) -> str:
@@ -77,23 +77,31 @@ class TextEncoder:
         template = self._settings.get("chat_template")
         return template if isinstance(template, str) else None
 
+    def afresh(self) -> "TextEncoder":
+        """The same encoder before it has checked anything."""
+        encoder = copy.copy(self)
+        encoder._fast, encoder._num_checked, encoder._characters_checked = self._untried, 0, 0
+        return encoder
+
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Token ids of each text, without special tokens around it."""
-        if self._core is None:
-            return self._encode_plainly(texts)
-        check = texts[: max(0, NUM_CHECKED - self._num_checked)]
-        if check and not self._agrees(check):
-            self._core = None
-            return self._encode_plainly(texts)
+        if self._fast is not None and not self._agrees(texts):
+            self._fast = None
         encoded: list[Any] = [None] * len(texts)
-        slow = []
+        together: dict[bool, list[int]] = {False: [], True: []}
         for index, text in enumerate(texts):
-            if len(text) > LONGEST_FAST or (self._added is not None and self._added.search(text)):
-                slow.append(index)
+            if self._is_known and len(text) > LONGEST_WHOLE:
+                stretches = cut_safely(text, LONGEST_WHOLE)
+                ids = [self._encode_alike([part], self._goes_fast(part))[0] for part in stretches]
+                encoded[index] = np.concatenate(ids)
             else:
-                encoded[index] = self._encode_fast(text)
-        for index, ids in zip(slow, self._encode_plainly([texts[index] for index in slow]), strict=True):
-            encoded[index] = ids
+                together[self._goes_fast(text)].append(index)
+        for fast, places in together.items():
+            if not places:
+                continue
+            found = self._encode_alike([texts[place] for place in places], fast)
+            for place, ids_of_one in zip(places, found, strict=True):
+                encoded[place] = ids_of_one
         return encoded
 
     def encode_with_spans(
@@ -111,31 +119,37 @@ class TextEncoder:
         """The text of token ids, special tokens included."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def _encode_plainly(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    def _encode_alike(self, texts: list[str], fast: bool) -> list[NDArray[np.uint32]]:
+        if fast:
+            assert self._fast is not None
+            return self._fast.encode(texts)
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
-    def _encode_fast(self, text: str) -> NDArray[np.uint32]:
-        assert self._core is not None
-        core, ids_of_ranks = self._core
-        ids: NDArray[np.uint32] = ids_of_ranks[core.encode_to_numpy(text, disallowed_special=())]
-        return ids
+    def _goes_fast(self, text: str) -> bool:
+        return (
+            self._fast is not None
+            and self._fast.takes(text)
+            and not (self._added is not None and self._added.search(text))
+        )
 
     def _agrees(self, texts: Sequence[str]) -> bool:
-        """The two ways give the same ids for `texts`."""
-        usable = [
-            text
-            for text in texts
-            if len(text) <= LONGEST_FAST and not (self._added and self._added.search(text))
-        ]
-        for text, ids in zip(usable, self._encode_plainly(usable), strict=True):
-            if not np.array_equal(self._encode_fast(text), ids):
-                logger.warning(
-                    "%s: the fast path gives other ids; using the tokenizer itself", self.directory
-                )
-                return False
-        self._num_checked += len(texts)
-        return True
+        """The two ways give the same ids for those of `texts` that are still to be checked."""
+        checked = []
+        for text in texts:
+            if self._num_checked == NUM_CHECKED or self._characters_checked > CHARACTERS_CHECKED:
+                break
+            self._num_checked += 1
+            if len(text) <= LONGEST_WHOLE and self._goes_fast(text):
+                self._characters_checked += len(text)
+                checked.append(text)
+        if not checked:
+            return True
+        ways = zip(self._encode_alike(checked, True), self._encode_alike(checked, False), strict=True)
+        if all(np.array_equal(ours, theirs) for ours, theirs in ways):
+            return True
+        logger.warning("%s: the fast path gives other ids; using the tokenizer itself", self.directory)
+        return False
 
     def _find_eos(self) -> int:
         named = self._settings.get("eos_token")
@@ -177,63 +191,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _bad(path, "is not a JSON object", type(content).__name__)
     return content
-
-
-def _fast_core(raw: dict[str, Any]) -> tuple[Any, NDArray[np.uint32]] | None:
-    """(tiktoken encoding, id of each rank) for a plain byte-level BPE; None for any other tokenizer."""
-    model, pattern = raw.get("model") or {}, _split_pattern(raw.get("pre_tokenizer"))
-    if pattern is None or raw.get("normalizer") is not None or not _is_plain_bpe(model):
-        return None
-    to_byte = {character: byte for byte, character in byte_characters().items()}
-    vocab: dict[str, int] = model["vocab"]
-    tokens = [byte_characters()[byte] for byte in range(256)]
-    for merge in model["merges"]:
-        tokens.append("".join(merge.split(" ") if isinstance(merge, str) else merge))
-    tokens = list(dict.fromkeys(tokens))
-    if any(token not in vocab for token in tokens) or any(c not in to_byte for c in set("".join(tokens))):
-        return None
-    import tiktoken
-
-    ranks = {bytes(to_byte[character] for character in token): rank for rank, token in enumerate(tokens)}
-    core = tiktoken.Encoding("same-merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return core, np.array([vocab[token] for token in tokens], dtype=np.uint32)
-
-
-def _is_plain_bpe(model: dict[str, Any]) -> bool:
-    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk")
-    return model.get("type") == "BPE" and bool(model.get("merges")) and not any(model.get(key) for key in odd)
-
-
-def _split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """The regular expression of a pre-tokenizer that ends in byte level; None when it is something else."""
-    if pre_tokenizer is None:
-        return None
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    *before, last = steps
-    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
-        return None
-    match before, last.get("use_regex", True):
-        case [], True:
-            return _GPT2
-        case [{"type": "Digits", "individual_digits": True}], True:
-            return _GPT2_DIGITS
-        case [
-            {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}
-        ], False:
-            return pattern
-        case _:
-            return None
-
-
-def byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 def _bad(path: Path, what: str, found: object = None) -> UserError:

@@ -60,6 +60,7 @@ def prepare_piece(
     name: str, source: SourceConfig, piece: Piece, encoder: TextEncoder, target: Path, *, max_line_bytes: int
 ) -> dict[str, Any]:
     """Write one piece to `target`, and return what its manifest says."""
+    encoder = encoder.afresh()
     bad = _BadLines(name, piece, source.max_bad_lines)
     metadata: dict[str, Any] = {}
     with publish(target, metadata=metadata) as directory:
