@@ -1,9 +1,9 @@
 """One forward, many losses: runs what the active objectives need once, and adds up their weighted means.
 
     manager.counts(batch) ─► summed by the trainer over micro-batches and ranks ─► total_counts
-    manager.run(student, teacher, batch, total_counts).loss.backward()       for every micro-batch
+    manager.step(student, teacher, batch, total_counts).loss.backward()      for every micro-batch
 
-`run` is what training calls: losses over the vocabulary share the products of the head. `losses` and
+`step` is what training calls: losses over the vocabulary share the products of the head. `losses` and
 `combine` give the same in two parts, with a graph for each objective on its own and one pass over the head
 for each: for who wants the gradient of a single one. `manager(outputs, batch)` is for who has the logits.
 """
@@ -89,7 +89,7 @@ class ObjectiveManager:
         """The batch as it is: no objective changes the input of another. Views are planned in the forward."""
         return batch
 
-    def run(
+    def step(
         self,
         student: nn.Module,
         teacher: Teacher | None,
