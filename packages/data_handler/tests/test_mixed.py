@@ -79,6 +79,16 @@ def test_new_weights_begin_with_the_next_window_on_every_rank(tmp_path: Path) ->
     assert Counter(both[20:60]) == {"owls": 25, "foxes": 15}
 
 
+def test_ranks_agree_on_the_window_where_a_step_crosses_its_end(tmp_path: Path) -> None:
+    starts = []
+    for rank in range(2):
+        mixed = MixedDataset(mixtures(tmp_path), rank=rank, world_size=2, window_samples=5)
+        drawn(mixed, 3)  # samples 0, 2, 4 on one rank and 1, 3, 5 on the other
+        starts.append(mixed.update_weights_from_influence({"owls": 0.2}))
+
+    assert starts == [10, 10]
+
+
 def test_weights_for_a_source_that_is_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'owls'"):
         MixedDataset(mixtures(tmp_path)).update_weights_from_influence({"owl": 1.0})
