@@ -111,6 +111,25 @@ def convert(
     )
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as model=tiny_llama training=unified."),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole configuration and stop.")
+    ] = False,
+) -> int:
+    """Train a ternary decoder; the same command again goes on where it stopped.
+
+    Keys and their defaults: docs/configuration_guide.md.
+    """
+    from wrinklefree.commands.train import train as run
+
+    return run(list(overrides or ()), print_config=print_config)
+
+
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
     """Say what this machine has and how it multiplies.

@@ -1,0 +1,334 @@
+"""What a run can be told: one tree of dataclasses, checked where it is built.
+
+YAML says what differs from these defaults; `load_config` is the only way in. A number of steps that nobody
+wrote is a share of the run, with an upper limit: presets hold for any `max_steps`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from bitnet_arch import Schedule, SubLNInit, SubLNPlacement
+from durable import UserError
+from wrinklefree.optimizers.config import GradientClippingConfig, OptimizerConfig, SchedulerConfig
+
+
+class Stage(StrEnum):
+    """What a run is for; it names the directory of the run."""
+
+    unified = "unified"
+    base = "base"
+    stage1 = "stage1"
+    stage2 = "stage2"
+
+
+class Precision(StrEnum):
+    """The dtype of the forward and backward pass. Weights and optimizer stay in fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which decoder is trained."""
+
+    name: str = "smollm2_135m"
+    """What the run calls it."""
+    pretrained_name: str = "HuggingFaceTB/SmolLM2-135M"
+    """A directory, a .gguf file, a name on the hub, or a built-in one such as tiny_llama."""
+    tokenizer: str | None = None
+    """A directory or a name on the hub, or `demo`; none takes the one that lies with the model."""
+    attention_dropout: float | None = None
+    """Of the attention weights in training; none keeps the model's own."""
+
+    def __post_init__(self) -> None:
+        if self.attention_dropout is not None:
+            require(0 <= self.attention_dropout < 1, "model.attention_dropout", self.attention_dropout, "0 to below 1")
+
+
+@dataclass(kw_only=True)
+class AutoConvertConfig:
+    """How a dense model becomes ternary before training; off trains it as it is."""
+
+    enabled: bool = True
+    exclude_layers: list[str] = field(default_factory=list)
+    """Projections to leave dense: a name (`q_proj`), a path or the end of one, or a glob."""
+    subln: SubLNPlacement = SubLNPlacement.none
+    subln_init: SubLNInit = SubLNInit.ones
+    calibration_batches: int = 4
+    """Training batches that `subln_init: calibrated` looks at."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.calibration_batches >= 1,
+            "training.auto_convert.calibration_batches",
+            self.calibration_batches,
+            "1 or more",
+        )
+
+
+@dataclass(kw_only=True)
+class RampConfig:
+    """A dial that goes from 0 to 1 over the first optimizer steps."""
+
+    enabled: bool = True
+    """Off: the dial stands at 1 from the start."""
+    warmup_steps: int | None = None
+    """Optimizer steps; none takes a share of the run."""
+    share: float = 0.4
+    """Of the run, when `warmup_steps` is none."""
+    limit_steps: int = 1000
+    """At most so many steps, when `warmup_steps` is none."""
+    schedule: Schedule = Schedule.linear
+
+    def steps(self, max_steps: int) -> int:
+        """Optimizer steps until the dial stands at 1."""
+        if not self.enabled:
+            return 0
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(self.limit_steps, int(self.share * max_steps))
+
+    def check(self, key: str, max_steps: int) -> None:
+        require(0 <= self.share <= 1, f"{key}.share", self.share, "0 to 1")
+        require(self.limit_steps >= 0, f"{key}.limit_steps", self.limit_steps, "0 or more")
+        if self.warmup_steps is not None:
+            require(self.warmup_steps >= 0, f"{key}.warmup_steps", self.warmup_steps, "0 or more")
+            if self.enabled and self.warmup_steps >= max_steps:
+                raise UserError(
+                    f"{key}.warmup_steps: the ramp does not end within the run",
+                    f"{self.warmup_steps} steps, training.max_steps={max_steps}",
+                    "give fewer steps, or none for a share of the run",
+                )
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """Who is imitated when an objective needs a teacher."""
+
+    pretrained_name: str | None = None
+    """As `model.pretrained_name`; none takes the student as it was before conversion."""
+
+
+@dataclass(kw_only=True)
+class ResumeConfig:
+    """Where a run goes on."""
+
+    auto: bool = True
+    """Go on from the newest checkpoint of this run's own directory."""
+    checkpoint_path: str | None = None
+    """Where an empty run directory starts from: a checkpoint directory, or a directory of them."""
+    load_optimizer_state: bool = True
+    load_scheduler_state: bool = True
+    """Off starts the learning rate, λ and μ at their first step."""
+    load_training_state: bool = True
+    """Off starts step count, data and influence at the beginning."""
+    strict_model_load: bool = True
+    """Off accepts a checkpoint that lacks tensors of this model, or has others."""
+    allow: list[str] = field(default_factory=list)
+    """Keys whose change is accepted when resuming."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    save_interval: int = 200
+    """Optimizer steps."""
+    keep_last_n: int = 5
+    save_at_end: bool = True
+    """Write `checkpoints/final` after the last step."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.save_interval >= 1, "training.checkpoint.save_interval", self.save_interval, "1 or more"
+        )
+        require(self.keep_last_n >= 1, "training.checkpoint.keep_last_n", self.keep_last_n, "1 or more")
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """Held-out loss on the probes of the training sources, at the present λ and μ and at 1."""
+
+    every: int | None = None
+    """Optimizer steps; none measures at the end only."""
+    num_batches: int = 8
+    """For each domain."""
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.every is None or self.every >= 1, "training.validation.every", self.every, "1 or more")
+        require(self.num_batches >= 0, "training.validation.num_batches", self.num_batches, "0 or more")
+        require(self.batch_size >= 1, "training.validation.batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(kw_only=True)
+class InfluenceRunConfig:
+    """Mixture weights that follow the measured use of each source (`data_handler.influence`)."""
+
+    enabled: bool = False
+    update_interval: int = 1000
+    """Optimizer steps between updates."""
+    warmup_steps: int = 500
+    """No update before this optimizer step."""
+    learning_rate: float = 0.2
+    """Share of the way from the present weights to the proposed ones."""
+    min_weight: float = 0.05
+    max_weight: float = 0.60
+    noise: float = 2.0
+    """Standard errors by which a source must differ before its weight moves."""
+    num_samples: int = 16
+    """Blocks of each source and of each probe that are scored."""
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 2, "training.influence.num_samples", self.num_samples, "2 or more")
+
+
+@dataclass(kw_only=True)
+class NonFiniteConfig:
+    """What happens when a loss or gradient is not a finite number."""
+
+    max_skipped: int = 3
+    """So many steps in a row are left out; one more ends the run with exit code 6."""
+
+    def __post_init__(self) -> None:
+        require(self.max_skipped >= 0, "training.non_finite.max_skipped", self.max_skipped, "0 or more")
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """What is printed."""
+
+    log_interval: int = 10
+    """Optimizer steps between two printed lines; `metrics.jsonl` has every step."""
+
+    def __post_init__(self) -> None:
+        require(self.log_interval >= 1, "training.logging.log_interval", self.log_interval, "1 or more")
+
+
+@dataclass(kw_only=True)
+class CompileConfig:
+    """`torch.compile`, one graph per decoder layer."""
+
+    enabled: bool = False
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """What a run does."""
+
+    stage: Stage = Stage.unified
+    max_steps: int | None = None
+    """Optimizer steps; none derives them from `total_tokens`."""
+    total_tokens: int = 10_000_000_000
+    max_seq_length: int = 512
+    """Tokens of a block."""
+    batch_size: int = 32
+    """Blocks of a micro-batch, on each device."""
+    gradient_accumulation_steps: int = 16
+    """Micro-batches of an optimizer step, on each device."""
+    precision: Precision = Precision.fp32
+    output_dir: str | None = None
+    """The same as `output_dir` at the root, which it overrides."""
+    auto_convert: AutoConvertConfig = field(default_factory=AutoConvertConfig)
+    lambda_warmup: RampConfig = field(default_factory=RampConfig)
+    """λ: how much of the quantised values is blended in."""
+    subln_warmup: RampConfig = field(default_factory=RampConfig)
+    """μ: how much of the added norms is blended in."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    gradient_clipping: GradientClippingConfig = field(default_factory=GradientClippingConfig)
+    objectives: dict[str, Any] = field(default_factory=lambda: {"continue_pretrain": {"weight": 1.0}})
+    """Name → weight and options of each loss."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    torch_compile: CompileConfig = field(default_factory=CompileConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    influence: InfluenceRunConfig = field(default_factory=InfluenceRunConfig)
+    non_finite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("total_tokens", "max_seq_length", "batch_size", "gradient_accumulation_steps"):
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
+        require(self.max_steps is None or self.max_steps >= 1, "training.max_steps", self.max_steps, "1 or more")
+        require(self.max_seq_length >= 2, "training.max_seq_length", self.max_seq_length, "2 or more")
+
+
+@dataclass(kw_only=True)
+class DataRunConfig:
+    """What is read."""
+
+    config_name: str = "mixed_pretrain"
+    """A config of data_handler (`wrinklefree data list`), or the path of a YAML file."""
+    directory: str | None = None
+    """Where the token shards are, or are put; none shares one place between runs."""
+    window_samples: int = 1024
+    """New mixture weights begin with the next window of so many samples."""
+    num_workers: int = 0
+    """Processes that read ahead."""
+
+    def __post_init__(self) -> None:
+        require(self.window_samples >= 1, "data.window_samples", self.window_samples, "1 or more")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+
+
+class Strategy(StrEnum):
+    """How many processes train one model."""
+
+    single = "single"
+    ddp = "ddp"
+
+
+@dataclass(kw_only=True)
+class DistributedConfig:
+    strategy: Strategy = Strategy.single
+    timeout_seconds: float = 120.0
+    """How long a rank waits for the others."""
+
+    def __post_init__(self) -> None:
+        require(self.timeout_seconds > 0, "distributed.timeout_seconds", self.timeout_seconds, "above 0")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    seed: int = 42
+    output_dir: str = "outputs"
+    experiment_name: str = "wrinklefree_${model.name}"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataRunConfig = field(default_factory=DataRunConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        name = self.experiment_name
+        require(
+            name not in ("", ".", "..") and not set(name) & set("/\\\0"), "experiment_name", name, "a plain name"
+        )
+        if self.training.output_dir is not None:
+            self.output_dir = self.training.output_dir
+        training = self.training
+        training.lambda_warmup.check("training.lambda_warmup", self.max_steps)
+        training.subln_warmup.check("training.subln_warmup", self.max_steps)
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the run; derived from the tokens when nobody gave them."""
+        training = self.training
+        if training.max_steps is not None:
+            return training.max_steps
+        per_step = training.batch_size * training.gradient_accumulation_steps * training.max_seq_length
+        return max(1, training.total_tokens // per_step)
+
+
+def require(holds: bool, key: str, found: object, accepted: str) -> None:
+    """UserError for a value outside its range; NaN compares false, so it never holds."""
+    if not holds:
+        shown = "not a number" if isinstance(found, float) and math.isnan(found) else found
+        raise UserError(f"{key}: out of range", shown, f"give {accepted}")

@@ -1,0 +1,43 @@
+"""Checkpoints at optimizer-step boundaries: every so many steps, when asked to stop, and at the end."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from wrinklefree.lightning.module import WrinkleFreeLightningModule
+from wrinklefree.training.run_directory import RunDirectory
+
+
+class CheckpointCallback(pl.Callback):
+    """`save(target)` writes a checkpoint of the run as it is now; called on rank 0, the others wait."""
+
+    def __init__(
+        self, directory: RunDirectory, save: Callable[[Path], None], *, interval: int, keep_last_n: int
+    ) -> None:
+        self.directory = directory
+        self.interval, self.keep_last_n = interval, keep_last_n
+        self._save = save
+        self.saved_step = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, WrinkleFreeLightningModule)
+        report = pl_module.report
+        assert report is not None
+        if report.step % self.interval == 0 or report.stop:
+            self.save(trainer, report.step)
+        if report.stop:
+            trainer.should_stop = True
+
+    def save(self, trainer: pl.Trainer, step: int) -> None:
+        """Write step `step` unless it is there."""
+        if step == self.saved_step:
+            return
+        if trainer.is_global_zero:
+            target = self.directory.checkpoint(step)
+            self._save(target)
+            self.directory.forget_old(self.keep_last_n, newest=target)
+        self.saved_step = step
+        trainer.strategy.barrier()

@@ -1,0 +1,118 @@
+"""A checkpoint is everything that the next step depends on, published as one directory.
+
+    model.safetensors  config.json  bitnet.json  [tokenizer]     what `load_bitnet` opens
+    train_state.safetensors                                     optimizer state, by parameter name
+    train_state.json                                            step, configuration, and the parts of the run
+    manifest.json                                               sha256 and size of each, the step, versions
+
+Parts are whatever the run keeps beside model and optimizer: data, ramps, influence, clipping, counters. Each
+gives a `state_dict` of what json holds. safetensors and json only; nothing is ever unpickled.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bitnet_arch.checkpoint import Tokenizer, checkpoint_files
+from durable import ExitCode, UserError, publish
+
+FORMAT_VERSION = 1
+STATE_JSON = "train_state.json"
+STATE_TENSORS = "train_state.safetensors"
+
+
+class Part(Protocol):
+    """Something whose state goes into every checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> object: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """The state of a run between two optimizer steps, but for the model."""
+
+    step: int
+    config: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
+    optimizer: dict[str, Any]
+    """What json holds of the optimizer."""
+    tensors: dict[str, Tensor]
+    """The rest of it."""
+
+
+def write_checkpoint(
+    target: Path, model: nn.Module, state: TrainState, *, tokenizer: Tokenizer | None, stage: str
+) -> None:
+    """Publish a checkpoint; UserError (exit code 5) when it cannot be written, and what was there stays."""
+    files = checkpoint_files(model)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "config": state.config,
+        "parts": state.parts,
+        "optimizer": state.optimizer,
+    }
+    text = json.dumps(content, allow_nan=False)
+    _set_aside_foreign(target)
+    num_bytes = files.num_bytes + sum(tensor.nbytes for tensor in state.tensors.values())
+    metadata = {"step": state.step, "stage": stage}
+    with publish(target, replace=True, metadata=metadata, bytes_needed=num_bytes) as directory:
+        files.write(directory)
+        save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, directory / STATE_TENSORS)
+        (directory / STATE_JSON).write_text(text, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(directory))
+
+
+def read_train_state(checkpoint: Path) -> TrainState:
+    """The state in a checkpoint whose manifest was verified; UserError (exit code 4) for another format."""
+    path = checkpoint / STATE_JSON
+    if not path.is_file():
+        raise UserError(
+            f"{checkpoint}: a model, but not a checkpoint of a run",
+            found=f"no {STATE_JSON}",
+            fix="start from it with model.pretrained_name, or name a checkpoint of `train`",
+            exit_code=ExitCode.BAD_DATA,
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: was written in format {version}",
+                found=f"this release reads {FORMAT_VERSION}",
+                fix="resume with the release that wrote it",
+                exit_code=ExitCode.BAD_DATA,
+            )
+        return TrainState(
+            step=content["step"],
+            config=content["config"],
+            parts=content["parts"],
+            optimizer=content["optimizer"],
+            tensors=load_file(checkpoint / STATE_TENSORS),
+        )
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: is damaged or foreign",
+            found=f"{type(error).__name__}: {error}",
+            fix="use another checkpoint",
+            exit_code=ExitCode.BAD_DATA,
+        ) from None
+
+
+def _set_aside_foreign(target: Path) -> None:
+    """A directory of that name which no `publish` wrote is kept under another name, never written over."""
+    if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").is_file():
+        number = 0
+        while (aside := target.with_name(f"foreign-{target.name}-{number}")).exists():
+            number += 1
+        os.rename(target, aside)

@@ -1,0 +1,87 @@
+"""The mixture that a run reads: prepared when it is not there yet, and opened at the run's own sample."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from data_handler import MixtureSchedule, TrainingLoader
+from data_handler.config import DataConfig, load_data_config
+from data_handler.probes import Probe
+from wrinklefree.config.schema import RunConfig
+from wrinklefree.training.student import tokenizer_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """Token shards on this disk."""
+
+    config: DataConfig
+    directory: Path
+
+    def train_dirs(self) -> dict[str, Path]:
+        return {name: self.directory / name / "train" for name in self.config.weights}
+
+    def probes(self) -> dict[str, Probe]:
+        """Held-out documents of every source that has some."""
+        found = {name: self.directory / name / "probe" for name in self.config.weights}
+        return {name: Probe(path) for name, path in found.items() if path.is_dir()}
+
+
+def prepare_data(config: RunConfig) -> PreparedData:
+    """Prepare the sources that are not there yet."""
+    from data_handler.encoder import load_encoder
+
+    data_config = load_data_config(config.data.config_name)
+    name = tokenizer_name(config.model)
+    if config.data.directory is not None:
+        directory = Path(config.data.directory)
+    else:
+        directory = shared_directory() / f"{data_config.name}-{load_encoder(name).fingerprint[:12]}"
+    prepared = PreparedData(data_config, directory)
+    absent = [source for source in data_config.weights if not (directory / source / "manifest.json").is_file()]
+    if absent:
+        from data_handler.prepare import prepare
+
+        logger.info("preparing %s into %s", ", ".join(absent), directory)
+        prepare(data_config, directory, tokenizer=name)
+    return prepared
+
+
+def shared_directory() -> Path:
+    """Where runs find data that another prepared: $WRINKLEFREE_DATA, else the user's cache."""
+    given = os.environ.get("WRINKLEFREE_DATA")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wrinklefree" / "data"
+
+
+def open_loader(config: RunConfig, data: PreparedData, *, rank: int = 0, world_size: int = 1) -> TrainingLoader:
+    """Micro-batches of this rank, from sample 0."""
+    training = config.training
+    schedule = MixtureSchedule(data.config.weights, config.seed, config.data.window_samples)
+    per_step = training.batch_size * training.gradient_accumulation_steps * world_size
+    return TrainingLoader(
+        data.train_dirs(),
+        schedule,
+        block_size=training.max_seq_length,
+        batch_size=training.batch_size,
+        num_samples=config.max_steps * per_step,
+        rank=rank,
+        world_size=world_size,
+        num_workers=config.data.num_workers,
+    )
+
+
+def calibration_batches(config: RunConfig, data: PreparedData) -> Iterator[Tensor]:
+    """Token ids of the first micro-batches of the run."""
+    with open_loader(config, data) as loader:
+        for number, batch in enumerate(loader):
+            if number == config.training.auto_convert.calibration_batches:
+                return
+            yield batch.input_ids

@@ -1,0 +1,138 @@
+"""The model that is trained, the teacher that it may imitate, and their tokenizer."""
+
+import copy
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bitnet_arch import ConversionConfig, convert_to_bitnet, load_bitnet
+from data_handler.demo import TOKENIZER_DIR
+from durable import UserError
+from wrinklefree.config.schema import ModelConfig, RunConfig
+from wrinklefree.pretrained import Pretrained, load_pretrained
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Who learns, and from whom."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def build_models(
+    config: RunConfig,
+    *,
+    checkpoint: Path | None,
+    needs_teacher: bool,
+    calibration: Iterable[Tensor],
+) -> Models:
+    """From the pretrained model, or the student from a checkpoint of an earlier run.
+
+    The pretrained model is opened only when someone needs it: a student to convert, or a teacher.
+    """
+    teacher_name = config.training.teacher.pretrained_name
+    teacher_is_student = needs_teacher and teacher_name is None
+    pretrained: Pretrained | None = None
+    if checkpoint is None or teacher_is_student:
+        pretrained = load_pretrained(config.model.pretrained_name)
+    teacher = None
+    if needs_teacher:
+        teacher = load_pretrained(teacher_name).model if teacher_name else _copy_of(pretrained)
+    if checkpoint is None:
+        assert pretrained is not None
+        student = pretrained.model
+        # fp32 while it learns: AdamW's small steps are lost in bf16. The file may hold bf16.
+        student = student.float()
+        _set_dropout(student, config.model)
+        _convert(student, config, calibration)
+    else:
+        student = load_bitnet(checkpoint)
+        _set_dropout(student, config.model)
+    if teacher is not None:
+        teacher = teacher.float() if config.training.precision == "fp32" else teacher.bfloat16()
+        teacher.eval().requires_grad_(False)
+    check_length(student, config)
+    return Models(student, teacher, load_tokenizer(config.model, pretrained, checkpoint))
+
+
+def tokenizer_name(model: ModelConfig) -> str:
+    """What data_handler is given to prepare with."""
+    return model.tokenizer or model.pretrained_name
+
+
+def load_tokenizer(
+    model: ModelConfig, pretrained: Pretrained | None, checkpoint: Path | None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that checkpoints keep beside the model."""
+    from transformers import AutoTokenizer
+
+    if model.tokenizer == "demo":
+        source: Any = TOKENIZER_DIR
+    elif checkpoint is not None and (checkpoint / "tokenizer.json").is_file():
+        source = checkpoint
+    elif pretrained is not None and model.tokenizer is None:
+        return pretrained.tokenizer
+    elif model.tokenizer is not None:
+        source = model.tokenizer
+    else:
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return tokenizer
+
+
+def check_length(model: PreTrainedModel, config: RunConfig) -> None:
+    """Blocks must fit the positions that the model has."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and config.training.max_seq_length > longest:
+        raise UserError(
+            "training.max_seq_length: longer than the model's positions",
+            f"{config.training.max_seq_length}, the model has {longest}",
+            f"give {longest} or less",
+        )
+
+
+def _copy_of(pretrained: Pretrained | None) -> PreTrainedModel:
+    assert pretrained is not None
+    return copy.deepcopy(pretrained.model)
+
+
+def _convert(student: PreTrainedModel, config: RunConfig, calibration: Iterable[Tensor]) -> None:
+    wanted = config.training.auto_convert
+    if not wanted.enabled:
+        return
+    needs_batches = wanted.subln_init == "calibrated" and wanted.subln != "none"
+    report = convert_to_bitnet(
+        student,
+        ConversionConfig(
+            exclude=tuple(wanted.exclude_layers),
+            subln=wanted.subln,
+            subln_init=wanted.subln_init if needs_batches else "ones",
+            calibration_batches=calibration if needs_batches else None,
+        ),
+    )
+    logger.info("converted %d projections to ternary", len(report.converted))
+
+
+def _set_dropout(model: PreTrainedModel, config: ModelConfig) -> None:
+    """In the configuration, and in the layers that read it when they were built."""
+    if config.attention_dropout is None:
+        return
+    model.config.attention_dropout = config.attention_dropout
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = config.attention_dropout
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Tied weights once."""
+    return sum(parameter.numel() for parameter in model.parameters())
