@@ -1,6 +1,7 @@
 """A run on one page: config, directory, data, student and teacher, objectives, trainer, checkpoint."""
 
 import logging
+import os
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from durable import ExitCode, UserError
 from wrinklefree.config import RunConfig, to_dict, to_yaml
@@ -24,12 +27,15 @@ from wrinklefree.optimizers.state import join_state, split_state
 from wrinklefree.training.checkpoint import Part, TrainState, read_train_state, write_checkpoint
 from wrinklefree.training.data import calibration_batches, open_loader, prepare_data
 from wrinklefree.training.metrics import MetricsWriter
+from wrinklefree.training.ranks import Ranks, joined_ranks
 from wrinklefree.training.resuming import require_same_run
 from wrinklefree.training.run_directory import FINAL, RunDirectory, find_checkpoint
 from wrinklefree.training.signals import StopFlag, watched_signals
 from wrinklefree.training.student import build_models
 
 logger = logging.getLogger(__name__)
+SIGNALLED = 143
+"""Exit code of a rank that stopped because another was asked to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +51,20 @@ def run(config: RunConfig) -> RunResult:
     """Train until the end or until somebody asks to stop; UserError for what a person can put right."""
     directory = RunDirectory.of(config)
     with ExitStack() as closing:
-        closing.enter_context(directory.held())
+        ranks = closing.enter_context(joined_ranks(config.distributed))
+        if ranks.is_first:
+            closing.enter_context(directory.held())
         stop_flag = StopFlag()
         closing.enter_context(watched_signals(stop_flag))
-        start = _starting_point(config, directory)
+        start = _starting_point(config, directory, ranks)
         manager = create_objective_manager(config.training.objectives)
-        if start is not None and start.is_own and start.state.step >= config.max_steps:
+        if start is not None and start.is_complete(config, directory):
             logger.info("this run is complete: %d steps, %s", start.state.step, start.checkpoint)
             return RunResult(directory.path, start.state.step, 0)
 
+        if ranks.is_first:
+            prepare_data(config)
+        ranks.barrier()
         data = prepare_data(config)
         models = build_models(
             config,
@@ -61,10 +72,12 @@ def run(config: RunConfig) -> RunResult:
             needs_teacher=manager.needs().teacher_logits,
             calibration=calibration_batches(config, data),
         )
-        loader = closing.enter_context(open_loader(config, data))
-        (directory.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        writer = MetricsWriter(directory.metrics)
-        closing.callback(writer.close)
+        loader = closing.enter_context(open_loader(config, data, rank=ranks.rank, world_size=ranks.world_size))
+        writer = None
+        if ranks.is_first:
+            (directory.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            writer = MetricsWriter(directory.metrics)
+            closing.callback(writer.close)
 
         training = config.training
         module = WrinkleFreeLightningModule(
@@ -111,7 +124,7 @@ def run(config: RunConfig) -> RunResult:
             tensors, numbers = split_state(module.optimizer)
             state = TrainState(
                 step=module.progress.step,
-                config=_identity(config),
+                config=_identity(config, ranks),
                 parts={name: part.state_dict() for name, part in parts.items()},
                 optimizer=numbers,
                 tensors=tensors,
@@ -130,17 +143,24 @@ def run(config: RunConfig) -> RunResult:
         if start is not None:
             start.restore(config, module, parts)
             saving.saved_step = module.progress.step if start.is_own else -1
-            writer.write("event", {"event": "resumed", "step": module.progress.step, "from": str(start.checkpoint)})
-            print(f"resuming after step {module.progress.step} from {start.checkpoint}", flush=True)
+            if writer is not None:
+                event = {"event": "resumed", "step": module.progress.step, "from": str(start.checkpoint)}
+                writer.write("event", event)
+                print(f"resuming after step {module.progress.step} from {start.checkpoint}", flush=True)
 
-        trainer = _trainer(config, callbacks)
-        trainer.fit(module, datamodule=WrinkleFreeDataModule(loader, training.gradient_accumulation_steps))
+        trainer = _trainer(config, callbacks, ranks)
+        data_module = WrinkleFreeDataModule(loader, training.gradient_accumulation_steps)
+        try:
+            trainer.fit(module, datamodule=data_module)
+        except SIGTERMException:  # it came before `CheckpointCallback` took the signals over
+            saving.save(trainer, module.progress.step)
         step = module.progress.step
-        if step >= config.max_steps and training.checkpoint.save_at_end and trainer.is_global_zero:
+        is_done = step >= config.max_steps
+        if is_done and ranks.is_first and training.checkpoint.save_at_end:
             save(directory.checkpoints / FINAL)
             print(f"finished {step} steps: {directory.checkpoints / FINAL}", flush=True)
-            return RunResult(directory.path, step, 0)
-        return RunResult(directory.path, step, stop_flag.exit_code)
+        ranks.barrier()
+        return RunResult(directory.path, step, 0 if is_done else stop_flag.exit_code or SIGNALLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +171,12 @@ class StartingPoint:
     state: TrainState
     is_own: bool
     """Whether it lies in this run's directory."""
+
+    def is_complete(self, config: RunConfig, directory: RunDirectory) -> bool:
+        """Nothing is left to do: not a step, and not the final checkpoint, which a kill may have cost."""
+        wants_final = config.training.checkpoint.save_at_end
+        has_final = (directory.checkpoints / FINAL / "manifest.json").is_file()
+        return self.is_own and self.state.step >= config.max_steps and (has_final or not wants_final)
 
     def restore(self, config: RunConfig, module: WrinkleFreeLightningModule, parts: dict[str, Part]) -> None:
         """Bring optimizer, data and everything else to where the checkpoint left them."""
@@ -166,10 +192,10 @@ class StartingPoint:
                 module.progress.schedule_start = module.progress.step
 
 
-def _starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint | None:
+def _starting_point(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> StartingPoint | None:
     """The run's own newest checkpoint, else the one that the configuration names, else none."""
     resume = config.training.resume
-    own = directory.newest()
+    own = ranks.shared(directory.newest() if ranks.is_first else None)
     is_own = own is not None and resume.auto
     if own is not None and not resume.auto:
         raise UserError(
@@ -187,31 +213,31 @@ def _starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint
             state.config["keys"],
             to_dict(config),
             saved_sizes=state.config["sizes"],
-            sizes=_sizes(config),
+            sizes=_sizes(config, ranks),
             allow=resume.allow,
         )
     return StartingPoint(path, state, is_own)
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
-    return {"keys": to_dict(config), "sizes": _sizes(config)}
+def _identity(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    return {"keys": to_dict(config), "sizes": _sizes(config, ranks)}
 
 
-def _sizes(config: RunConfig) -> dict[str, int]:
+def _sizes(config: RunConfig, ranks: Ranks) -> dict[str, int]:
     training = config.training
-    return {
-        "max_steps": config.max_steps,
-        "samples_per_step": training.batch_size * training.gradient_accumulation_steps,
-    }
+    per_rank = training.batch_size * training.gradient_accumulation_steps
+    return {"max_steps": config.max_steps, "samples_per_step": per_rank * ranks.world_size}
 
 
-def _trainer(config: RunConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(config: RunConfig, callbacks: list[pl.Callback], ranks: Ranks) -> pl.Trainer:
     # Checkpoints, loggers and progress are ours: Lightning's are not exact (docs/architecture.md).
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     return pl.Trainer(
         accelerator="auto",
-        devices=1,
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.world_size > 1 else 1,
+        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+        strategy=DDPStrategy(gradient_as_bucket_view=True) if ranks.world_size > 1 else "auto",
         precision="bf16-mixed" if config.training.precision == "bf16" else "32-true",
         max_epochs=1,
         callbacks=callbacks,

@@ -20,6 +20,11 @@ class CheckpointCallback(pl.Callback):
         self._save = save
         self.saved_step = -1
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, WrinkleFreeLightningModule)
+        # Lightning has put its own handlers in front of ours by now.
+        pl_module.stop_flag.install()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:

@@ -1,0 +1,76 @@
+"""The processes that train one model together; torchrun starts them and says in the environment who is who."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from durable import ExitCode, UserError
+from wrinklefree.config.schema import DistributedConfig, Strategy
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Which of how many this process is."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 prepares, writes and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def shared(self, value: Value | None) -> Value:
+        """Rank 0's value, on all ranks."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        assert box[0] is not None or value is None
+        return box[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def joined_ranks(config: DistributedConfig) -> Iterator[Ranks]:
+    """Join the others; a rank that dies or hangs ends all of them with exit code 7."""
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world_size > 1 and config.strategy is Strategy.single:
+        raise UserError(
+            "distributed: torchrun started several processes for a run of one",
+            f"WORLD_SIZE={world_size}, distributed.strategy={config.strategy}",
+            "add distributed=ddp, or start it without torchrun",
+        )
+    if world_size == 1:
+        yield Ranks()
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_seconds))
+    try:
+        yield Ranks(rank, world_size)
+    except (RuntimeError, dist.DistError) as error:
+        if not _is_about_ranks(error):
+            raise
+        raise UserError(
+            f"distributed: rank {rank} lost another rank",
+            str(error).splitlines()[0],
+            "look for the first error among the ranks; the same command goes on from the last checkpoint",
+            ExitCode.DISTRIBUTED,
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_about_ranks(error: Exception) -> bool:
+    words = ("connection", "timed out", "timeout", "gloo", "nccl", "peer", "socket")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
