@@ -1,8 +1,8 @@
 """Kill training again and again, and compare what it did with a run that nobody killed.
 
 Runs are forked from a server that has imported everything, so a life costs a second and not ten. A run is
-compared by its metrics (loss, samples, mixture weights of every step, as last written) and by the bytes of its
-final weights.
+compared by its metrics (loss, samples, mixture weights of every step, as last written) and by the bytes of
+its final weights.
 """
 
 import hashlib
@@ -22,7 +22,9 @@ from typing import Any
 from wrinklefree.runs import read_metrics
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["wrinklefree.run", "wrinklefree.commands.train", "transformers.models.llama"])
+_CONTEXT.set_forkserver_preload(
+    ["wrinklefree.run", "wrinklefree.commands.train", "transformers.models.llama"]
+)
 LIFE_SECONDS = 120.0
 
 
@@ -110,7 +112,10 @@ EXPECTED_EXIT = {"KILL": -signal.SIGKILL, "TERM": 143, "INT": 130, "INT2": 130}
 
 
 def torment(training: Training, rng: random.Random, *, num_kills: int, max_steps: int) -> Kills:
-    """Kill the run until `num_kills` landed, then let it finish. It starts anew when it finished too early."""
+    """Kill the run until `num_kills` landed, then let it finish.
+
+    It starts anew when it finished too early.
+    """
     kills = Kills()
     while len(kills.signals) < num_kills:
         before = training.steps_logged()

@@ -1,5 +1,6 @@
 """After any kill, a run goes on with the numbers of the run that nobody killed, to the bit."""
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,6 @@ def test_killed_runs_give_the_same_bits(variant: str, tmp_path: Path, request: A
         name in ("TERM", "INT") for name in kills.signals
     )
     weights = [row["weights"] for row in read_metrics(whole.run_dir / "metrics.jsonl")]
-    changes = sum(before != after for before, after in zip(weights, weights[1:], strict=False))
+    changes = sum(before != after for before, after in itertools.pairwise(weights))
     assert changes >= 5, "the mixture should have moved while it was killed"
     print(f"{variant}: {len(kills.signals)} kills in {killed.lives} lives, {changes} weight changes")

@@ -20,7 +20,7 @@ from wrinklefree.config import CONFIG_DIR, group_options, load_config, schema_ke
         ("training.max_steps=.nan", ["training.max_steps", "whole number"]),
         ("training.optimizer.lr_muon=1e999", ["training.optimizer.lr_muon", "inf"]),
         ("training.optimizer.lr_muon=.nan", ["training.optimizer.lr_muon", "number"]),
-        ("training.precision=fp8", ["training.precision", "fp32, bf16"]),
+        ("training.precision=fp8", ["training.precision", "fp32 | bf16"]),
         ("experiment_name=${oc.env:WRINKLEFREE_TEST_UNSET}", ["experiment_name", "WRINKLEFREE_TEST_UNSET"]),
         ("seed=${seed}", ["seed", "ecursive"]),
         ("experiment_name=a/b", ["experiment_name", "a/b"]),
@@ -74,7 +74,9 @@ def test_every_model_composes(model: str) -> None:
 
 
 def test_steps_follow_from_tokens_when_nobody_gave_them() -> None:
-    config = load_config(["training.total_tokens=1000000", "training.batch_size=4", "training.max_seq_length=100"])
+    config = load_config(
+        ["training.total_tokens=1000000", "training.batch_size=4", "training.max_seq_length=100"]
+    )
 
     assert config.max_steps == 1_000_000 // (4 * 16 * 100)
 

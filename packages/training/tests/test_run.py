@@ -101,7 +101,9 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
 
     assert losses(stopped.directory) == losses(whole)
     expected = final_weights(whole)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in final_weights(stopped.directory).items())
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in final_weights(stopped.directory).items()
+    )
 
 
 def test_a_finished_run_is_left_alone(whole: Path) -> None:
@@ -123,8 +125,13 @@ def test_a_finished_run_is_left_alone(whole: Path) -> None:
         (lambda path: os.truncate(path, path.stat().st_size // 2), "model.safetensors"),
         (lambda path: path.write_bytes(b""), "model.safetensors"),
         (lambda path: _flip_bit(path), "model.safetensors"),
-        (lambda path: shutil.copytree(path.parent, path.parents[1] / "step_000009") and shutil.rmtree(path.parent)
-         or (path.parents[1] / "step_000009" / "manifest.json").write_text("{}"), "manifest.json"),
+        (
+            lambda path: (
+                (shutil.copytree(path.parent, path.parents[1] / "step_000009") and shutil.rmtree(path.parent))
+                or (path.parents[1] / "step_000009" / "manifest.json").write_text("{}")
+            ),
+            "manifest.json",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_and_named(
@@ -303,7 +310,7 @@ def test_a_step_without_finite_numbers_is_left_out(
 
     rows = read_metrics(result.directory / "metrics.jsonl")
     assert [row["skipped"] for row in rows] == [False, False, True, False, False, False]
-    events = [row for row in read_metrics(result.directory / "metrics.jsonl", kind="event")]
+    events = read_metrics(result.directory / "metrics.jsonl", kind="event")
     assert events[0]["event"] == "non_finite"
     assert events[0]["samples"] == rows[2]["samples"]
     before, after = (
@@ -312,7 +319,9 @@ def test_a_step_without_finite_numbers_is_left_out(
     )
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     for path in result.directory.rglob("*.safetensors"):
-        assert all(tensor.isfinite().all() for tensor in load_file(path).values() if tensor.is_floating_point())
+        assert all(
+            tensor.isfinite().all() for tensor in load_file(path).values() if tensor.is_floating_point()
+        )
 
 
 def test_too_many_such_steps_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

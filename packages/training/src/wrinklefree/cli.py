@@ -30,6 +30,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+OVERRIDES = typer.Argument(metavar="[KEY=VALUE]...", help="Such as model=tiny_llama training=unified.")
+KEEP_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -111,12 +114,9 @@ def convert(
     )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=KEEP_OVERRIDES)
 def train(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Such as model=tiny_llama training=unified."),
-    ] = None,
+    overrides: Annotated[list[str] | None, OVERRIDES] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole configuration and stop.")
     ] = False,
@@ -128,6 +128,76 @@ def train(
     from wrinklefree.commands.train import train as run
 
     return run(list(overrides or ()), print_config=print_config)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="The directory of either.")],
+    data: Annotated[str | None, typer.Option(metavar="NAME", help="Another data config.")] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of 8 blocks for each domain.")] = 8,
+) -> None:
+    """Held-out loss and perplexity of every domain, as saved and fully ternary."""
+    from wrinklefree.commands.evaluate import evaluate as run
+
+    run(path, data=data, num_batches=batches)
+
+
+config_app = typer.Typer(
+    help="Look at the configuration of a run.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(config_app, name="config")
+
+
+@config_app.command("show", context_settings=KEEP_OVERRIDES)
+def config_show(overrides: Annotated[list[str] | None, OVERRIDES] = None) -> None:
+    """Print every key with its value."""
+    from wrinklefree.commands.config import show
+
+    show(list(overrides or ()))
+
+
+@config_app.command("validate", context_settings=KEEP_OVERRIDES)
+def config_validate(overrides: Annotated[list[str] | None, OVERRIDES] = None) -> None:
+    """Say whether a configuration holds."""
+    from wrinklefree.commands.config import validate
+
+    validate(list(overrides or ()))
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print every key: what it accepts, its default, what it is for."""
+    from wrinklefree.commands.config import schema
+
+    schema()
+
+
+runs_app = typer.Typer(help="Look at runs.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(runs_app, name="runs")
+
+
+@runs_app.command("list")
+def runs_list(directory: Annotated[Path, typer.Argument(help="An output_dir.")] = Path("outputs")) -> None:
+    """One line for each run."""
+    from wrinklefree.commands.runs import list_runs
+
+    list_runs(directory)
+
+
+@runs_app.command("show")
+def runs_show(run: Annotated[Path, typer.Argument(help="The directory of a run.")]) -> None:
+    """Steps, losses, resumes and checkpoints of a run."""
+    from wrinklefree.commands.runs import show
+
+    show(run)
+
+
+@runs_app.command("diff")
+def runs_diff(one: Annotated[Path, typer.Argument()], other: Annotated[Path, typer.Argument()]) -> None:
+    """Keys and losses in which two runs differ."""
+    from wrinklefree.commands.runs import diff
+
+    diff(one, other)
 
 
 @app.command()

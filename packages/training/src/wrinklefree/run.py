@@ -72,7 +72,9 @@ def run(config: RunConfig) -> RunResult:
             needs_teacher=manager.needs().teacher_logits,
             calibration=calibration_batches(config, data),
         )
-        loader = closing.enter_context(open_loader(config, data, rank=ranks.rank, world_size=ranks.world_size))
+        loader = closing.enter_context(
+            open_loader(config, data, rank=ranks.rank, world_size=ranks.world_size)
+        )
         writer = None
         if ranks.is_first:
             (directory.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -105,7 +107,7 @@ def run(config: RunConfig) -> RunResult:
         }
         callbacks: list[pl.Callback] = [
             ramps,
-            MetricsCallback(writer, ramps, log_interval=training.logging.log_interval),
+            MetricsCallback(writer, ramps, loader.schedule, log_interval=training.logging.log_interval),
             non_finite,
         ]
         if training.influence.enabled:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from durable import UserError
+from wrinklefree.config.describe import accepted
 from wrinklefree.config.schema import RunConfig
 from wrinklefree.objectives import create_objective_manager
 
@@ -65,7 +66,9 @@ def group_options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
-def schema_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+def schema_keys(
+    kind: type = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
     """(key, type, field) of every leaf of the schema."""
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
@@ -118,7 +121,9 @@ def _unknown_key(key: str) -> UserError:
     """Keys as deep as the one that was written come into question first."""
     leaves = [name for name, _, _ in schema_keys()]
     depth = key.count(".") + 1
-    alike = dict.fromkeys(".".join(leaf.split(".")[:depth]) for leaf in leaves if leaf.count(".") + 1 >= depth)
+    alike = dict.fromkeys(
+        ".".join(leaf.split(".")[:depth]) for leaf in leaves if leaf.count(".") + 1 >= depth
+    )
     return UserError("unknown key", key, choices=alike or leaves)
 
 
@@ -138,16 +143,8 @@ def _bad_value(error: Exception, overrides: list[str]) -> UserError:
 def _accepted(key: str) -> str | None:
     for name, hint, _ in schema_keys():
         if name == key:
-            return f"give {_readable(hint)}"
+            return f"give {accepted(hint)}"
     return None
-
-
-def _readable(hint: Any) -> str:
-    if isinstance(hint, type) and issubclass(hint, str) and hasattr(hint, "__members__"):
-        return "one of " + ", ".join(hint.__members__)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    options = [names.get(option, "nothing (null)") for option in typing.get_args(hint)] or [names.get(hint, str(hint))]
-    return " or ".join(options)
 
 
 def _with_place(error: UserError, overrides: list[str]) -> UserError:
@@ -171,7 +168,9 @@ def _place_of(key: str, overrides: list[str]) -> str | None:
     group, _, rest = key.partition(".")
     for folder, path_in_file in ((group, rest), ("experiment", key)):
         options = group_options(folder) if folder in GROUPS else []
-        names = [chosen[folder]] if chosen.get(folder) in options else ([] if folder == "experiment" else options)
+        names = (
+            [chosen[folder]] if chosen.get(folder) in options else ([] if folder == "experiment" else options)
+        )
         for name in names:
             path = CONFIG_DIR / folder / f"{name}.yaml"
             line = _line_of(path, path_in_file.split(".")) if path_in_file else None
@@ -195,5 +194,3 @@ def _line_of(path: Path, keys: list[str]) -> int | None:
         else:
             return None
     return None
-
-

@@ -45,7 +45,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.attention_dropout is not None:
-            require(0 <= self.attention_dropout < 1, "model.attention_dropout", self.attention_dropout, "0 to below 1")
+            require(
+                0 <= self.attention_dropout < 1,
+                "model.attention_dropout",
+                self.attention_dropout,
+                "0 to below 1",
+            )
 
 
 @dataclass(kw_only=True)
@@ -142,9 +147,7 @@ class CheckpointConfig:
     """Write `checkpoints/final` after the last step."""
 
     def __post_init__(self) -> None:
-        require(
-            self.save_interval >= 1, "training.checkpoint.save_interval", self.save_interval, "1 or more"
-        )
+        require(self.save_interval >= 1, "training.checkpoint.save_interval", self.save_interval, "1 or more")
         require(self.keep_last_n >= 1, "training.checkpoint.keep_last_n", self.keep_last_n, "1 or more")
 
 
@@ -254,7 +257,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("total_tokens", "max_seq_length", "batch_size", "gradient_accumulation_steps"):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
-        require(self.max_steps is None or self.max_steps >= 1, "training.max_steps", self.max_steps, "1 or more")
+        require(
+            self.max_steps is None or self.max_steps >= 1, "training.max_steps", self.max_steps, "1 or more"
+        )
         require(self.max_seq_length >= 2, "training.max_seq_length", self.max_seq_length, "2 or more")
 
 
@@ -309,7 +314,10 @@ class RunConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         name = self.experiment_name
         require(
-            name not in ("", ".", "..") and not set(name) & set("/\\\0"), "experiment_name", name, "a plain name"
+            name not in ("", ".", "..") and not set(name) & set("/\\\0"),
+            "experiment_name",
+            name,
+            "a plain name",
         )
         if self.training.output_dir is not None:
             self.output_dir = self.training.output_dir

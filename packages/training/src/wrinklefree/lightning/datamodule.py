@@ -41,5 +41,7 @@ class WrinkleFreeDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> StepBatches:
         return StepBatches(self.loader, self.accumulation)
 
-    def transfer_batch_to_device(self, batch: list[Batch], device: object, dataloader_idx: int) -> list[Batch]:
+    def transfer_batch_to_device(
+        self, batch: list[Batch], device: object, dataloader_idx: int
+    ) -> list[Batch]:
         return [micro.to(device, non_blocking=True) for micro in batch]  # type: ignore[arg-type]

@@ -124,9 +124,7 @@ class WrinkleFreeLightningModule(pl.LightningModule):
         sums = {name: torch.zeros((), device=self.device, dtype=torch.float64) for name in names}
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         for number, micro_batch in enumerate(micro_batches):
-            seed_micro_batch(
-                self.seed, step=self.progress.step, micro_batch=number, rank=self.global_rank
-            )
+            seed_micro_batch(self.seed, step=self.progress.step, micro_batch=number, rank=self.global_rank)
             is_last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._without_synchronising():
                 with self._recording(is_last):
@@ -171,9 +169,7 @@ class WrinkleFreeLightningModule(pl.LightningModule):
         self.report = StepReport(
             step=self.progress.step,
             loss=loss,
-            losses={
-                name: value / max(1, counts[name]) for name, value in zip(names, parts, strict=True)
-            },
+            losses={name: value / max(1, counts[name]) for name, value in zip(names, parts, strict=True)},
             grad_norm=grad_norm,
             lr=self.optimizer.param_groups[0]["lr"],
             samples=samples,

@@ -10,8 +10,6 @@ gives a `state_dict` of what json holds. safetensors and json only; nothing is e
 """
 
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,7 +65,9 @@ def write_checkpoint(
     metadata = {"step": state.step, "stage": stage}
     with publish(target, replace=True, metadata=metadata, bytes_needed=num_bytes) as directory:
         files.write(directory)
-        save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, directory / STATE_TENSORS)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in state.tensors.items()}, directory / STATE_TENSORS
+        )
         (directory / STATE_JSON).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(directory))
@@ -115,4 +115,4 @@ def _set_aside_foreign(target: Path) -> None:
         number = 0
         while (aside := target.with_name(f"foreign-{target.name}-{number}")).exists():
             number += 1
-        os.rename(target, aside)
+        target.rename(aside)

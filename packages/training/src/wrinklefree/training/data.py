@@ -44,7 +44,9 @@ def prepare_data(config: RunConfig) -> PreparedData:
     else:
         directory = shared_directory() / f"{data_config.name}-{load_encoder(name).fingerprint[:12]}"
     prepared = PreparedData(data_config, directory)
-    absent = [source for source in data_config.weights if not (directory / source / "manifest.json").is_file()]
+    absent = [
+        source for source in data_config.weights if not (directory / source / "manifest.json").is_file()
+    ]
     if absent:
         from data_handler.prepare import prepare
 
@@ -61,7 +63,9 @@ def shared_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wrinklefree" / "data"
 
 
-def open_loader(config: RunConfig, data: PreparedData, *, rank: int = 0, world_size: int = 1) -> TrainingLoader:
+def open_loader(
+    config: RunConfig, data: PreparedData, *, rank: int = 0, world_size: int = 1
+) -> TrainingLoader:
     """Micro-batches of this rank, from sample 0."""
     training = config.training
     schedule = MixtureSchedule(data.config.weights, config.seed, config.data.window_samples)

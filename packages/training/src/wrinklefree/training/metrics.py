@@ -1,8 +1,8 @@
 """`metrics.jsonl`: one flushed line for each optimizer step, each event, each validation; only ever appended.
 
 After a kill the last line may be torn, and steps after the checkpoint are written again: readers
-(`wrinklefree.runs.read_metrics`) take the last line of each step. `metrics.csv` holds the steps once more, for
-spreadsheets, and is written anew when a run ends.
+(`wrinklefree.runs.read_metrics`) take the last line of each step. `metrics.csv` holds the steps once more,
+for spreadsheets, and is written anew when a run ends.
 """
 
 import csv

@@ -1,7 +1,7 @@
 """Random numbers of a micro-batch depend on where it stands, never on what was drawn before it.
 
-So a run that goes on after a kill draws what the uninterrupted one drew, and whatever happens between two steps
-(validation, samples, influence) leaves no trace.
+So a run that goes on after a kill draws what the uninterrupted one drew, and whatever happens between two
+steps (validation, influence) leaves no trace.
 """
 
 from hashlib import blake2b

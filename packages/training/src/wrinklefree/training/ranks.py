@@ -1,4 +1,4 @@
-"""The processes that train one model together; torchrun starts them and says in the environment who is who."""
+"""The processes that train one model together; torchrun starts them and tells each who it is."""
 
 import os
 from collections.abc import Iterator

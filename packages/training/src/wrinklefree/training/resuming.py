@@ -29,7 +29,7 @@ FREE = (
     "training.non_finite",
     "training.logging",
 )
-"""Keys that change no loss and no weight, and those that `require_same_run` looks at by what they amount to."""
+"""Keys that change no loss and no weight, and those whose product `require_same_run` looks at."""
 
 
 def require_same_run(
@@ -54,7 +54,9 @@ def require_same_run(
             f"{saved_sizes['samples_per_step']} → {sizes['samples_per_step']}"
         )
     if sizes["max_steps"] < saved_sizes["max_steps"] and not _is_below("training.max_steps", allow):
-        changes.append(f"training.max_steps {saved_sizes['max_steps']} → {sizes['max_steps']}, which is fewer")
+        changes.append(
+            f"training.max_steps {saved_sizes['max_steps']} → {sizes['max_steps']}, which is fewer"
+        )
     if changes:
         raise UserError(
             f"resume: the configuration differs from the checkpoint's in {len(changes)} keys",

@@ -1,8 +1,8 @@
 """Where a run lives, and which of its checkpoints it goes on from.
 
-    {output_dir}/checkpoints/{experiment_name}/{stage}_checkpoint/
-        config.yaml  metrics.jsonl  metrics.csv  .lock
-        checkpoints/step_000500/ …  checkpoints/final/
+{output_dir}/checkpoints/{experiment_name}/{stage}_checkpoint/
+    config.yaml  metrics.jsonl  metrics.csv  .lock
+    checkpoints/step_000500/ …  checkpoints/final/
 """
 
 import logging
@@ -62,7 +62,7 @@ class RunDirectory:
             yield
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that verifies; says which it skipped. UserError (4) when none of some does."""
+        """The newest checkpoint that verifies; says which it skipped. UserError (4) when none does."""
         found = newest_complete(self.checkpoints).or_raise()
         for skipped in found.skipped:
             logger.warning("skipped a damaged checkpoint: %s", skipped.reason)

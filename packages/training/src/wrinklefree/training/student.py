@@ -130,7 +130,7 @@ def _set_dropout(model: PreTrainedModel, config: ModelConfig) -> None:
     model.config.attention_dropout = config.attention_dropout
     for module in model.modules():
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = config.attention_dropout
+            setattr(module, "attention_dropout", config.attention_dropout)  # noqa: B010 - a module has no such type
 
 
 def count_parameters(model: torch.nn.Module) -> int:

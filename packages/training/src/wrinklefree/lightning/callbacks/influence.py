@@ -71,12 +71,19 @@ class InfluenceTrackerCallback(pl.Callback):
         return self.loader.reweight(weights)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, WrinkleFreeLightningModule)
         update = self.tracker.on_step_end(pl_module.progress.step, self.loader.next_sample)
         if update is not None and self.writer is not None:
-            self.writer.write("event", {"event": "influence", "step": pl_module.progress.step, **update.to_dict()})
+            self.writer.write(
+                "event", {"event": "influence", "step": pl_module.progress.step, **update.to_dict()}
+            )
 
     def _scores(self) -> dict[str, Tensor]:
         was_training = self.model.training

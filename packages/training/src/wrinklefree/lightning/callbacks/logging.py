@@ -5,6 +5,7 @@ import time
 
 import pytorch_lightning as pl
 
+from data_handler import MixtureSchedule
 from wrinklefree.lightning.callbacks.ramps import RampCallback
 from wrinklefree.lightning.module import StepReport, WrinkleFreeLightningModule
 from wrinklefree.training.metrics import MetricsWriter
@@ -13,9 +14,17 @@ from wrinklefree.training.metrics import MetricsWriter
 class MetricsCallback(pl.Callback):
     """The only writer of metrics is rank 0."""
 
-    def __init__(self, writer: MetricsWriter | None, ramps: RampCallback, *, log_interval: int) -> None:
+    def __init__(
+        self,
+        writer: MetricsWriter | None,
+        ramps: RampCallback,
+        schedule: MixtureSchedule,
+        *,
+        log_interval: int,
+    ) -> None:
         self.writer = writer
         self.ramps = ramps
+        self.schedule = schedule
         self.log_interval = log_interval
         self._last = time.perf_counter()
         self._since_line = (time.perf_counter(), 0, 0)
@@ -25,7 +34,12 @@ class MetricsCallback(pl.Callback):
         self._since_line = (self._last, 0, 0)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, WrinkleFreeLightningModule)
         report = pl_module.report
@@ -34,7 +48,6 @@ class MetricsCallback(pl.Callback):
         seconds, self._last = now - self._last, now
         if self.writer is None:
             return
-        schedule = trainer.train_dataloader.loader.schedule
         self.writer.write(
             "step",
             {
@@ -42,7 +55,7 @@ class MetricsCallback(pl.Callback):
                 "loss": report.loss,
                 "losses": report.losses,
                 "samples": report.samples,
-                "weights": schedule.weights(max(report.samples)),
+                "weights": self.schedule.weights(max(report.samples)),
                 "lambda": self.ramps.amounts["lambda"],
                 "mu": self.ramps.amounts["mu"],
                 "lr": report.lr,

@@ -26,7 +26,12 @@ class NonFiniteCallback(pl.Callback):
         self.in_a_row = state["in_a_row"]
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, WrinkleFreeLightningModule)
         report = pl_module.report
@@ -38,7 +43,9 @@ class NonFiniteCallback(pl.Callback):
         if self.writer is not None:
             event = {"event": "non_finite", "step": report.step, "samples": report.samples, **numbers}
             self.writer.write("event", event)
-        logger.warning("step %d was left out: loss %r, gradient norm %r", report.step, report.loss, report.grad_norm)
+        logger.warning(
+            "step %d was left out: loss %r, gradient norm %r", report.step, report.loss, report.grad_norm
+        )
         if self.in_a_row > self.max_skipped:
             first, last = min(report.samples), max(report.samples)
             raise UserError(

@@ -26,7 +26,12 @@ class CheckpointCallback(pl.Callback):
         pl_module.stop_flag.install()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, WrinkleFreeLightningModule)
         report = pl_module.report

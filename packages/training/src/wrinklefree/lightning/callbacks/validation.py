@@ -1,22 +1,20 @@
 """Held-out loss of every domain: at the present λ and μ, and at 1, which is what will be exported.
 
-At step 0 it is measured at λ = μ = 0, too: the model as it was before conversion. Nothing of it touches random
-numbers, data or weights: a run with validation has the same bits as one without.
+At step 0 it is measured at λ = μ = 0, too: the model as it was before conversion. Nothing of it touches
+random numbers, data or weights: a run with validation has the same bits as one without.
 """
 
 import math
 from collections.abc import Mapping
 
 import pytorch_lightning as pl
-import torch
 
 from bitnet_arch import set_quant_amount, set_subln_amount
 from data_handler.probes import Probe
 from wrinklefree.config.schema import ValidationConfig
 from wrinklefree.lightning.callbacks.ramps import RampCallback
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
-from wrinklefree.objectives.continue_pretrain import ContinuePretrainObjective
-from wrinklefree.objectives.manager import ObjectiveManager
+from wrinklefree.training.evaluation import held_out_losses
 from wrinklefree.training.metrics import MetricsWriter
 
 
@@ -37,7 +35,6 @@ class ValidationCallback(pl.Callback):
         self.ramps = ramps
         self.block_size = block_size
         self.writer = writer
-        self._cross_entropy = ObjectiveManager({"continue_pretrain": ContinuePretrainObjective()})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, WrinkleFreeLightningModule)
@@ -45,7 +42,12 @@ class ValidationCallback(pl.Callback):
             self.validate(pl_module, {"full precision": (0.0, 0.0), "at 1": (1.0, 1.0)})
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, WrinkleFreeLightningModule)
         step = pl_module.progress.step
@@ -65,7 +67,14 @@ class ValidationCallback(pl.Callback):
         for name, (quant, subln) in dials.items():
             set_quant_amount(module.model, quant)
             set_subln_amount(module.model, subln)
-            losses[name] = self._losses(module)
+            losses[name] = held_out_losses(
+                module.model,
+                self.probes,
+                block_size=self.block_size,
+                batch_size=self.config.batch_size,
+                num_batches=self.config.num_batches,
+                device=module.device,
+            )
         if before[0] >= 0:
             set_quant_amount(module.model, before[0])
             set_subln_amount(module.model, before[1])
@@ -74,26 +83,10 @@ class ValidationCallback(pl.Callback):
             row = {"step": module.progress.step, "losses": losses}
             self.writer.write("val", row)
             mean = {name: sum(each.values()) / len(each) for name, each in losses.items()}
-            text = "  ".join(f"{name} {value:.4f} (ppl {_perplexity(value):.4g})" for name, value in mean.items())
+            text = "  ".join(
+                f"{name} {value:.4f} (ppl {_perplexity(value):.4g})" for name, value in mean.items()
+            )
             print(f"validation at step {module.progress.step}: {text}", flush=True)
-
-    @torch.no_grad()
-    def _losses(self, module: WrinkleFreeLightningModule) -> dict[str, float]:
-        """Mean held-out loss of each domain."""
-        found = {}
-        for name, probe in self.probes.items():
-            available = probe.shards.num_tokens // self.block_size
-            wanted = min(available, self.config.num_batches * self.config.batch_size)
-            if wanted == 0:
-                continue
-            total, count = 0.0, 0
-            for batch in probe.batches(
-                block_size=self.block_size, batch_size=self.config.batch_size, num_samples=wanted
-            ):
-                part = self._cross_entropy.losses(module.model, None, batch.to(module.device))["continue_pretrain"]
-                total, count = total + float(part.total), count + int(part.count)
-            found[name] = total / max(1, count)
-        return found
 
 
 def _perplexity(loss: float) -> float:

@@ -1,0 +1,28 @@
+"""`wrinklefree config`: the whole configuration of a run, whether it holds, and what every key means."""
+
+from wrinklefree.config import load_config, to_yaml
+from wrinklefree.config.describe import described_keys
+
+
+def show(overrides: list[str]) -> None:
+    """Print all keys with the values that they would have."""
+    print(to_yaml(load_config(overrides)), end="")
+
+
+def validate(overrides: list[str]) -> None:
+    """One line when it holds; UserError names what does not."""
+    config = load_config(overrides)
+    per_step = config.training.batch_size * config.training.gradient_accumulation_steps
+    tokens = per_step * config.training.max_seq_length
+    print(
+        f"valid: {config.model.name}, {config.training.stage.value}, {config.max_steps:,} steps of {per_step} "
+        f"blocks of {config.training.max_seq_length} tokens ({config.max_steps * tokens:,})"
+    )
+
+
+def schema() -> None:
+    """Print every key: what is accepted, its default, what it is for."""
+    for key in described_keys():
+        print(f"{key.name}: {key.accepted} = {key.default!r}")
+        if key.meaning:
+            print(f"    {key.meaning}")
