@@ -35,3 +35,6 @@ demo: ## Train, save and reload a tiny ternary decoder (2 minutes).
 
 ci: ## Everything that has to pass.
 	.ci/run
+
+chaos: ## Kill training 210 times and compare every bit (half an hour).
+	uv run pytest tests/test_chaos.py -m slow --kills 70 -s

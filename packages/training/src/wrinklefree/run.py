@@ -15,8 +15,9 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from durable import ExitCode, UserError
 from wrinklefree.config import RunConfig, to_dict, to_yaml
 from wrinklefree.lightning.callbacks.influence import InfluenceTrackerCallback
-from wrinklefree.lightning.callbacks.logging import MetricsCallback
+from wrinklefree.lightning.callbacks.metrics import MetricsCallback
 from wrinklefree.lightning.callbacks.non_finite import NonFiniteCallback
+from wrinklefree.lightning.callbacks.progress import ProgressCallback
 from wrinklefree.lightning.callbacks.ramps import RampCallback
 from wrinklefree.lightning.callbacks.saving import CheckpointCallback
 from wrinklefree.lightning.callbacks.validation import ValidationCallback
@@ -107,7 +108,7 @@ def run(config: RunConfig) -> RunResult:
         }
         callbacks: list[pl.Callback] = [
             ramps,
-            MetricsCallback(writer, ramps, loader.schedule, log_interval=training.logging.log_interval),
+            MetricsCallback(writer, ramps, loader.schedule),
             non_finite,
         ]
         if training.influence.enabled:
@@ -142,6 +143,8 @@ def run(config: RunConfig) -> RunResult:
             keep_last_n=training.checkpoint.keep_last_n,
         )
         callbacks.append(saving)
+        if ranks.is_first:
+            callbacks.append(ProgressCallback(ramps, every=training.logging.log_interval))
         if start is not None:
             start.restore(config, module, parts)
             saving.saved_step = module.progress.step if start.is_own else -1

@@ -13,10 +13,10 @@ def validate(overrides: list[str]) -> None:
     """One line when it holds; UserError names what does not."""
     config = load_config(overrides)
     per_step = config.training.batch_size * config.training.gradient_accumulation_steps
-    tokens = per_step * config.training.max_seq_length
+    length, steps = config.training.max_seq_length, config.max_steps
     print(
-        f"valid: {config.model.name}, {config.training.stage.value}, {config.max_steps:,} steps of {per_step} "
-        f"blocks of {config.training.max_seq_length} tokens ({config.max_steps * tokens:,})"
+        f"valid: {config.model.name}, {config.training.stage.value}, {steps:,} steps of {per_step} × {length} "
+        f"tokens ({steps * per_step * length:,})"
     )
 
 
