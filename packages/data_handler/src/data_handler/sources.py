@@ -210,7 +210,7 @@ def _read_lines(piece: Piece, source: SourceConfig, max_line_bytes: int) -> Iter
             number += 1
             if len(line) > max_line_bytes and not line.endswith(b"\n"):
                 _skip_line(file)
-                yield Record(number, problem=f"is longer than {max_line_bytes:,} bytes (max_line_bytes)")
+                yield Record(number, problem=too_long(max_line_bytes))
             elif line.strip():
                 yield _parse_line(line, number, piece.format, source)
 
@@ -230,28 +230,33 @@ def _parse_line(line: bytes, number: int, kind: SourceFormat, source: SourceConf
         return Record(number, problem=f"is not JSON: {error}")
 
 
+def too_long(max_line_bytes: int) -> str:
+    """What is wrong with a record beyond the limit."""
+    return f"is longer than {max_line_bytes:,} bytes (max_line_bytes)"
+
+
 def place_of(piece: Piece, number: int) -> str:
-    """`file:line` of record `number` of a piece, or what comes closest; counts the lines before the piece."""
+    """`file:line` of record `number`, or what comes closest; lines count from the beginning of the file."""
     match piece.format:
         case SourceFormat.PARQUET:
             return f"{piece.address}:row group {piece.start}:{number}"
         case SourceFormat.HF:
             return f"{piece.address}:shard {piece.start}:{number}"
-        case SourceFormat.DEMO:
-            return f"{piece.address}:{piece.start + number}"
         case _:
-            return f"{piece.address}:{_first_line(piece.address, piece.start) + number}"
+            return f"{piece.address}:{number}"
 
 
-def _first_line(address: str, stop: int) -> int:
-    """Lines that begin before byte `stop` of a file."""
-    if stop == 0:
+def lines_before(piece: Piece) -> int:
+    """Lines of the file that begin before the piece; documents for a generated source, else 0."""
+    if piece.format is SourceFormat.DEMO:
+        return piece.start
+    if piece.format in (SourceFormat.PARQUET, SourceFormat.HF) or piece.start == 0:
         return 0
-    count, stop = 1, stop - 1  # a line begins after each newline before the last byte
-    with _open(address) as file:
-        while stop > 0 and (chunk := file.read(min(_CHUNK * 4, stop))):
+    count, left = 1, piece.start - 1  # a line begins after each newline before the last byte
+    with _open(piece.address) as file:
+        while left > 0 and (chunk := file.read(min(_CHUNK * 4, left))):
             count += chunk.count(b"\n")
-            stop -= len(chunk)
+            left -= len(chunk)
     return count
 
 
