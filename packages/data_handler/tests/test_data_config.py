@@ -46,6 +46,8 @@ def test_a_misspelt_name_is_answered_with_the_right_one() -> None:
         ("{path: a, drop_duplicates: 1}", "drop_duplicates must be of type bool"),
         ("{weight: 1}", "path is missing"),
         ("&x [*x]", "alias"),
+        ("[" * 200_000, "more than 16 deep"),
+        ("A" * 300_000, "larger than any config"),
     ],
 )
 def test_a_wrong_value_is_named(source: str, message: str) -> None:
