@@ -19,8 +19,9 @@ from data_handler.chat import render_chat
 from data_handler.config import SourceConfig
 from data_handler.encoder import TextEncoder
 from data_handler.progress import Advance
+from data_handler.records import Record, lines_before, place_of, read_piece, too_long
 from data_handler.shards import token_dtype, write_part
-from data_handler.sources import Piece, Record, lines_before, place_of, read_piece, too_long
+from data_handler.sources import Piece
 from durable import ExitCode, UserError, publish
 
 HASH_BYTES = 16
