@@ -48,7 +48,7 @@ def ternary_model(*, quant_amount: float, tied: bool, dtype: torch.dtype) -> nn.
     convert_to_bitnet(model, ConversionConfig(subln="output"))
     set_quant_amount(model, quant_amount)
     set_sparsity(model, Sparsity(ratio=0.25))
-    return model.to(dtype)
+    return model.double() if dtype == torch.float64 else model
 
 
 def one_by_one(model: nn.Module, names: list[str]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Configs: what is wrong with one is said with its key."""
 
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +47,8 @@ def test_a_misspelt_name_is_answered_with_the_right_one() -> None:
         ("{path: a, drop_duplicates: 1}", "drop_duplicates must be of type bool"),
         ("{weight: 1}", "path is missing"),
         ("&x [*x]", "alias"),
+        ("[" * 200_000, "more than 16 deep"),
+        ("A" * 300_000, "larger than any config"),
     ],
 )
 def test_a_wrong_value_is_named(source: str, message: str) -> None:
@@ -117,3 +120,17 @@ def test_the_command_line_prepares_verifies_and_previews(tmp_path: Path) -> None
     assert "100.0%" in counted.output
     assert "the owl<|endoftext|>" in previewed.output
     assert "fox" not in previewed.output
+
+
+def test_stats_tells_training_and_probe_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(80)))
+    source = f"{{path: {tmp_path / 'a.jsonl'}, probe_one_in: 4}}"
+    (tmp_path / "c.yaml").write_text(f"name: c\nsources: {{owls: {source}}}")
+    CliRunner().invoke(app, ["prepare", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")])
+
+    told = CliRunner().invoke(app, ["stats", str(tmp_path / "out")]).output.splitlines()[0]
+
+    trained, held = map(int, re.findall(r"(\d+) documents", told))
+    assert trained + held == 80
+    assert 0 < held < trained
+    assert "in the probe" in told

@@ -1,6 +1,9 @@
 """Scoring prepared directories, end to end, with a small Llama."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +152,43 @@ def test_weights_that_make_no_sense_name_the_option(tmp_path: Path) -> None:
         result = runner.invoke(app, ["reweight", str(tmp_path / "scores.json"), "--weight", weight])
         assert isinstance(result.exception, UserError)
         assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("command", ["score", "reweight"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, command: str) -> None:
+    app, runner = typer.Typer(), CliRunner()
+    register(app)
+    missing = (
+        [str(tmp_path / "missing"), "--source", "s", "--probe", "p"] if command == "score" else ["s.json"]
+    )
+
+    for out in (tmp_path / "nowhere" / "x.json", tmp_path):
+        result = runner.invoke(app, [command, *missing, "--out", str(out)])
+        assert isinstance(result.exception, UserError)
+        assert str(result.exception).startswith("--out: ")
+        assert result.exception.exit_code == 5
+
+
+def test_a_decoder_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
+    shards = prepare(tmp_path / "all", step=1, seed=0)
+    hold_out(shards, train_dir=tmp_path / "s" / "train", probe_dir=tmp_path / "s" / "probe", seed=0, one_in=4)
+    options = [
+        "--source",
+        str(tmp_path / "s"),
+        "--probe",
+        str(tmp_path / "s"),
+        "--out",
+        str(tmp_path / "x.json"),
+    ]
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "data_handler", "score", "no/such-model", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+
+    assert ended.returncode == 4
+    assert ended.stderr.startswith("error: no/such-model: cannot be reached")
+    assert ended.stderr.count("\n") == 1

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_handler import workers
 from data_handler.loaders import TrainingLoader
 from data_handler.mixture import MixtureSchedule
 from data_handler.shards import ShardHeader, Shards, finish, write_part
@@ -226,9 +227,48 @@ def test_a_killed_worker_is_noticed_and_named_with_a_source(directories: dict[st
     assert time.monotonic() - begun < 30  # the bound that the fault list gives
 
 
+def test_a_stopped_worker_is_noticed_and_named_with_a_source(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert workers.ANSWER_SECONDS < 30  # the bound that the fault list gives
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 2)
+    with loader(directories, num_workers=2, num_samples=24_000) as ours:
+        batches = iter(ours)
+        next(batches)
+        assert ours._pool is not None
+        stopped = ours._pool._workers[1].process
+        os.kill(stopped.pid or 0, signal.SIGSTOP)
+        with pytest.raises(
+            UserError, match=r"data\.sources\.(web|code|math): the worker .* gives no answer .*stopped"
+        ) as caught:
+            list(batches)
+
+    assert caught.value.exit_code == 4
+    assert not stopped.is_alive()  # or the interpreter would wait for it at its end
+
+
+def test_a_worker_that_hangs_in_a_source_is_named_with_that_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 2)
+    write_source(tmp_path / "web", np.arange(40))
+    with TrainingLoader(
+        {"web": tmp_path / "web"},
+        MixtureSchedule({"web": 1.0}, 0),
+        block_size=5,
+        batch_size=1,
+        num_samples=4,
+        num_workers=1,
+    ) as ours:
+        (tmp_path / "web" / "shards.json").unlink()
+        os.mkfifo(tmp_path / "web" / "shards.json")  # the worker's open waits for a writer
+        with pytest.raises(UserError, match=r"data\.sources\.web: the worker reading it gives no answer"):
+            next(iter(ours))
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_shard_that_shrinks_under_the_loader_is_one_line(tmp_path: Path, num_workers: int) -> None:
-    write_source(tmp_path / "web", np.arange(5000))
+    write_source(tmp_path / "web", np.arange(5000) % 4000)
     with TrainingLoader(
         {"web": tmp_path / "web"},
         MixtureSchedule({"web": 1.0}, 0),
@@ -243,6 +283,29 @@ def test_a_shard_that_shrinks_under_the_loader_is_one_line(tmp_path: Path, num_w
             file.truncate(100)
         with pytest.raises(UserError, match=r"tokens-00001.bin: shrank") as caught:
             list(batches)
+
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_flipped_bit_that_makes_no_token_is_one_line(tmp_path: Path, num_workers: int) -> None:
+    write_source(tmp_path / "web", np.arange(4000))
+    write_source(tmp_path / "code", np.arange(4000))
+    stored = np.fromfile(tmp_path / "code" / "tokens-00001.bin", "<u2")
+    stored[700] ^= 1 << 15
+    stored.tofile(tmp_path / "code" / "tokens-00001.bin")
+    with (
+        TrainingLoader(
+            {name: tmp_path / name for name in ("web", "code")},
+            MixtureSchedule({"web": 0.5, "code": 0.5}, 0, 16),
+            block_size=50,
+            batch_size=2,
+            num_samples=160,
+            num_workers=num_workers,
+        ) as ours,
+        pytest.raises(UserError, match=r"code/tokens-00001\.bin: is damaged.*at place 700") as caught,
+    ):
+        list(ours)
 
     assert caught.value.exit_code == 4
 

@@ -1,6 +1,7 @@
 """Shards come back as they were written; whatever else lies there is refused in one line, with its file."""
 
 import copy
+import gc
 import json
 import time
 from pathlib import Path
@@ -63,10 +64,17 @@ def test_every_stretch_of_the_stream_is_that_of_the_joined_documents(tmp_path: P
             assert set(shards.document_starts(start, stop).tolist()) == begins & set(range(start, stop))
 
 
-def test_a_copy_maps_the_same_files(tmp_path: Path) -> None:
-    shards = copy.copy(Shards.open(write(tmp_path)))
+def test_a_copy_opens_the_directory_again_and_outlives_the_first(tmp_path: Path) -> None:
+    first = Shards.open(write(tmp_path / "a"))
 
-    assert shards.document(3).tolist() == DOCUMENTS[3]
+    second = copy.deepcopy(first)
+
+    del first
+    gc.collect()
+    assert [second.document(index).tolist() for index in range(5)] == DOCUMENTS
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(UserError, match=r"a/shards\.json: cannot be read"):
+        copy.deepcopy(second)
 
 
 def test_what_is_outside_the_stream_is_an_index_error(tmp_path: Path) -> None:
@@ -164,6 +172,22 @@ def test_a_header_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "nowhere" in str(refused(tmp_path / "nowhere"))
+
+
+def test_a_token_that_the_vocabulary_does_not_have_is_named_with_its_place(tmp_path: Path) -> None:
+    shards = Shards.open(write(tmp_path, vocab_size=301))
+    path = tmp_path / "tokens-00001.bin"
+    stored = np.fromfile(path, "<u2")
+    stored[5] ^= 1 << 9  # 300, one below the size of the vocabulary
+    stored.tofile(path)
+
+    with pytest.raises(
+        UserError, match=r"tokens-00001\.bin: is damaged.* 301 \(found 812 at place 5\)"
+    ) as caught:
+        shards.tokens(0, shards.num_tokens)
+
+    assert caught.value.exit_code == 4
+    assert [shards.document(index).tolist() for index in range(4)] == DOCUMENTS[:4]
 
 
 @pytest.mark.parametrize("damage", ["vanished", "shrank", "replaced"])

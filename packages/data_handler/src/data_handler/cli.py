@@ -64,15 +64,26 @@ def prepare(
     ] = None,
     tokenizer: Tokenizer = "demo",
     fast: Annotated[bool, typer.Option(help="Use the tiktoken core where it gives the same ids.")] = True,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that prepare; else one for each processor.")
+    ] = None,
 ) -> None:
     """Turn the sources of a config into token shards; run again after a kill, it goes on from there."""
     from data_handler.config import load_data_config
+    from data_handler.prepare import available_cpus
     from data_handler.prepare import prepare as prepare_sources
     from data_handler.progress import progress_bar
 
     config = load_data_config(name)
     target = out or Path("data") / config.name
-    reports = prepare_sources(config, target, tokenizer=tokenizer, fast=fast, meter=progress_bar)
+    reports = prepare_sources(
+        config,
+        target,
+        tokenizer=tokenizer,
+        fast=fast,
+        num_workers=available_cpus() if workers is None else workers,
+        meter=progress_bar,
+    )
     for report in reports:
         state = "was there" if report.was_there else "prepared"
         typer.echo(

@@ -28,8 +28,10 @@ from durable import ExitCode, UserError
 logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-LARGEST_CONFIG = 2**20
-"""Bytes of YAML."""
+LARGEST_CONFIG = 2**18
+"""Bytes of YAML: some thousand sources."""
+_DEEPEST = 16
+"""Tables and lists within one another; ours need four."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -158,9 +160,7 @@ def parse_data_config(raw: bytes, *, where: str) -> DataConfig:
     if len(raw) > LARGEST_CONFIG:
         raise UserError(f"{where}: is larger than any config", f"more than {LARGEST_CONFIG:,} bytes")
     try:
-        # Aliases make a small text mean a huge or endless one; nothing here needs them.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw, yaml.SafeLoader)):
-            raise UserError(f"{where}: has a YAML alias", "*", "write the value out")
+        _require_plain(raw, where)
         content = yaml.safe_load(raw)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: is not YAML", str(error) or type(error).__name__) from None
@@ -175,6 +175,20 @@ def parse_data_config(raw: bytes, *, where: str) -> DataConfig:
     config = DataConfig(**values)
     require_sound(config, where)
     return config
+
+
+def _require_plain(raw: bytes, where: str) -> None:
+    """No aliases, which make a small text mean a huge or endless one, and no depth, which takes minutes."""
+    depth = 0
+    for event in yaml.parse(raw, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{where}: has a YAML alias", "*", "write the value out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _DEEPEST:
+            raise UserError(f"{where}: has tables or lists more than {_DEEPEST} deep")
 
 
 def _known_keys(content: object, kind: type, where: str) -> dict[str, Any]:

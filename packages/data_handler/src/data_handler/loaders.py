@@ -14,8 +14,8 @@ that seed, source and epoch permute. The state is the next sample and the histor
 
 import logging
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_handler.mixture import MixtureSchedule
-from data_handler.packing import batch_of, pack_blocks
+from data_handler.packing import batch_of, read_blocks, token_memory
 from data_handler.permutation import key_of, permuted
 from data_handler.shards import Shards
 from data_handler.types import Batch
@@ -33,8 +33,13 @@ from durable import ExitCode, UserError
 
 logger = logging.getLogger(__name__)
 
-TOKENS_AT_ONCE = 2**18
-"""Micro-batches up to this size are read together: a call to numpy costs as much as thousands of tokens."""
+# A call to numpy costs as much as thousands of tokens, so each kind of work is done for as many as it can be.
+SAMPLES_PLANNED = 2**12
+"""Micro-batches up to this size are planned together."""
+TOKENS_READ = 2**20
+"""Those up to this size are read together."""
+TOKENS_WRITTEN = 2**15
+"""Those up to this size are written together, in memory that they share: 1 MB, which a cache holds."""
 
 
 class TrainingLoader:
@@ -70,7 +75,6 @@ class TrainingLoader:
         self._directories = [Path(directories[name]) for name in schedule.names]
         self._shards: dict[int, Shards] = {}
         self._epochs: dict[int, int] = {}
-        self._packed = np.empty((4, 0, 0), np.int64)
         self._pool: WorkerPool | None = None
         self._jumps = 0
         self._open_sources()
@@ -152,25 +156,29 @@ class TrainingLoader:
         return self.world_size * self.batch_size
 
     def _read_local(self) -> Iterator[Batch]:
-        """The micro-batches of one plan, packed in memory that is used again and again."""
-        request = self._plan(self.next_sample)
-        shape = (4, len(request.sample_id), self.block_size)
-        if self._packed.shape != shape:
-            self._packed = np.empty(shape, np.int64)
-        pack_blocks(
-            self._shards,
-            source_id=request.source_id,
-            starts=request.starts,
-            sample_id=request.sample_id,
-            block_size=self.block_size,
-            out=self._packed,
-        )
-        packed = torch.from_numpy(self._packed)
-        for place, micro in enumerate(request.split(self.batch_size)):
-            rows = slice(place * self.batch_size, (place + 1) * self.batch_size)
-            yield batch_of(
-                packed[:, rows].clone(memory_format=torch.contiguous_format), micro.source_id, micro.sample_id
+        """All micro-batches from `next_sample` on."""
+        at_once, step = self._samples_of(TOKENS_READ), self._samples_of(TOKENS_WRITTEN)
+        memory = token_memory(list(self._shards.values()), at_once, self.block_size)
+        for request in self._plans(at_once):
+            blocks = read_blocks(
+                self._shards,
+                source_id=request.source_id,
+                starts=request.starts,
+                block_size=self.block_size,
+                memory=memory,
             )
+            for first in range(0, len(request.sample_id), step):
+                rows = slice(first, min(first + step, len(request.sample_id)))
+                packed = np.empty((4, rows.stop - first, self.block_size), np.int64)
+                blocks.write(rows, packed)
+                for low in range(first, rows.stop, self.batch_size):
+                    mine = slice(low, low + self.batch_size)
+                    per_token = packed[:, low - first : mine.stop - first]
+                    yield batch_of(per_token, request.source_id[mine], request.sample_id[mine])
+
+    def _samples_of(self, num_tokens: int) -> int:
+        """As many samples as have so many tokens, in whole micro-batches."""
+        return max(1, num_tokens // (self.batch_size * self.block_size)) * self.batch_size
 
     def _read_by_workers(self) -> Iterator[Batch]:
         """All micro-batches from `next_sample` on; each worker has the next ones under way meanwhile."""
@@ -182,21 +190,28 @@ class TrainingLoader:
                 block_size=self.block_size,
             )
         self._pool.discard()
-        planned: deque[Request] = deque()
-        ahead = self.next_sample
-        while ahead < self.num_samples or planned or self._pool.num_waiting:
-            while self._pool.num_waiting < self._pool.capacity and (planned or ahead < self.num_samples):
-                if not planned:
-                    planned += self._plan(ahead).split(self.batch_size)
-                    ahead += len(planned) * self._stride
-                self._pool.send(planned.popleft())
+        requests = self._plans(self.batch_size)
+        while True:
+            for request in islice(requests, self._pool.capacity - self._pool.num_waiting):
+                self._pool.send(request)
+            if not self._pool.num_waiting:
+                return
             yield self._pool.receive()
+
+    def _plans(self, num_samples: int) -> Iterator[Request]:
+        """What is left for this rank, in requests of up to so many samples."""
+        for first in range(self.next_sample, self.num_samples, self._stride * self._planned):
+            yield from self._plan(first).split(num_samples)
+
+    @property
+    def _planned(self) -> int:
+        """Micro-batches that are planned together."""
+        return max(1, SAMPLES_PLANNED // self.batch_size)
 
     def _plan(self, first: int) -> Request:
         """This rank's micro-batches from global sample `first` on, as many as are read together."""
         left = (self.num_samples - first) // self._stride
-        num = max(1, min(left, TOKENS_AT_ONCE // (self.batch_size * self.block_size)))
-        begins = first + self.rank * self.batch_size + self._stride * np.arange(num)
+        begins = first + self.rank * self.batch_size + self._stride * np.arange(min(left, self._planned))
         sample_id = (begins[:, None] + np.arange(self.batch_size)).reshape(-1)
         windows, places = np.divmod(sample_id, self.schedule.window_samples)
         located = [
@@ -244,7 +259,7 @@ class TrainingLoader:
     def _require_one_tokenizer(self, name: str, shards: Shards) -> None:
         for other in self._shards.values():
             ours, theirs = shards.header.tokenizer_fingerprint, other.header.tokenizer_fingerprint
-            if ours != theirs:
+            if ours != theirs or shards.header.vocab_size != other.header.vocab_size:
                 raise UserError(
                     f"data.sources.{name}: was prepared with another tokenizer than {other.directory}",
                     f"{ours[:12]}, not {theirs[:12]}",

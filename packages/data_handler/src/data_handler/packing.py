@@ -12,7 +12,9 @@ fill a block is left out.
 Shapes: B samples, T tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,91 @@ from numpy.typing import NDArray
 
 from data_handler.shards import Shards
 from data_handler.types import IGNORED_LABEL, Batch
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBlocks:
+    """Blocks with what is known of their documents; `write` makes tensors of them, a few rows at a time.
+
+    Reading many blocks at once saves calls, and writing few at once keeps them in the processor's cache.
+    """
+
+    tokens: NDArray[Any]
+    """[B, T] as stored."""
+    loss: NDArray[np.uint8] | None
+    """[B, T]: 1 where a loss is wanted; None when it is everywhere."""
+    begins: NDArray[np.int64]
+    """[D]: where documents begin, and again where a block cuts them, counted through `tokens`; ascending."""
+    lengths: NDArray[np.int64]
+    """[D]: their tokens."""
+    columns: NDArray[np.int64]
+    """[D]: the place in the block of their first."""
+    numbers: NDArray[np.int64]
+    """[D]: from 0 on in each block."""
+
+    def write(self, rows: slice, out: NDArray[np.int64]) -> None:
+        """Input ids, labels, positions and documents of some blocks, into [4, rows, T]."""
+        tokens, length = self.tokens[rows], self.tokens.shape[1]
+        first = rows.start * length
+        mine = slice(*np.searchsorted(self.begins, [first, first + tokens.size]))
+        input_ids, labels, positions, documents = out
+        np.copyto(input_ids, tokens)
+        np.copyto(labels, tokens)
+        labels.reshape(-1)[self.begins[mine] - first] = IGNORED_LABEL
+        if self.loss is not None:
+            np.copyto(labels, IGNORED_LABEL, where=self.loss[rows] == 0)
+        lengths = self.lengths[mine]
+        columns = np.repeat(self.columns[mine], lengths).reshape(tokens.shape)
+        np.subtract(np.arange(length), columns, out=positions)
+        np.copyto(documents, np.repeat(self.numbers[mine].astype(np.int32), lengths).reshape(tokens.shape))
+
+
+def read_blocks(
+    sources: Mapping[int, Shards],
+    *,
+    source_id: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    block_size: int,
+    reading: Callable[[int], None] | None = None,
+    memory: NDArray[Any] | None = None,
+) -> ReadBlocks:
+    """Block b: `block_size` tokens of source `source_id[b]` from token `starts[b]` on.
+
+    `reading` is told each source before it is read. The tokens lie in `memory` where that has room for them.
+    """
+    num_blocks = len(source_id)
+    wanted = {source: np.flatnonzero(source_id == source) for source in sorted(set(source_id.tolist()))}
+    row_starts = np.arange(num_blocks) * block_size
+    if memory is None or len(memory) < num_blocks:
+        memory = token_memory([sources[source] for source in wanted], num_blocks, block_size)
+    tokens = memory[:num_blocks]
+    loss = np.ones(tokens.shape, np.uint8) if any(sources[source].has_loss for source in wanted) else None
+    borders = [row_starts]
+    for source, rows in wanted.items():
+        if reading is not None:
+            reading(source)
+        borders.append(sources[source].read_blocks(starts[rows], rows, tokens, loss))
+    if wanted and int(tokens.max()) >= min(sources[source].header.vocab_size for source in wanted):
+        for source, rows in wanted.items():
+            sources[source].require_known(starts[rows], rows, tokens)
+    begins = np.sort(np.concatenate(borders))
+    begins = begins[np.diff(begins, prepend=-1) > 0]
+    row, columns = np.divmod(begins, block_size)
+    return ReadBlocks(
+        tokens,
+        loss,
+        begins=begins,
+        lengths=np.diff(begins, append=tokens.size),
+        columns=columns,
+        numbers=np.arange(len(begins)) - np.searchsorted(begins, row_starts)[row],
+    )
+
+
+def token_memory(sources: Sequence[Shards], num_blocks: int, block_size: int) -> NDArray[Any]:
+    """Room for blocks of these sources, as their files have them."""
+    dtypes = {source.header.dtype for source in sources}
+    assert len(dtypes) <= 1, "sources that are mixed were prepared with one tokenizer"
+    return np.empty((num_blocks, block_size), dtypes.pop() if dtypes else np.uint16)
 
 
 def pack_blocks(
@@ -32,57 +119,24 @@ def pack_blocks(
     reading: Callable[[int], None] | None = None,
     out: NDArray[np.int64] | None = None,
 ) -> Batch:
-    """The batch whose sample b is `block_size` tokens of source `source_id[b]` from token `starts[b]` on.
-
-    `reading` is told each source before it is read. With `out` [4, B, T] the batch lies in that memory.
-    """
+    """The blocks of `read_blocks` as one batch; with `out` [4, B, T] it lies in that memory."""
     if out is None:
         out = np.empty((4, len(source_id), block_size), np.int64)
-    input_ids = out[0]
-    wanted, borders = sorted(set(source_id.tolist())), []
-    loss = np.ones(input_ids.shape, np.uint8) if any(sources[source].has_loss for source in wanted) else None
-    for source in wanted:
-        if reading is not None:
-            reading(source)
-        rows = np.flatnonzero(source_id == source)
-        borders += sources[source].read_blocks(starts[rows], rows, input_ids, loss)
-    _fill_rest(out, borders, loss)
-    return batch_of(torch.from_numpy(out), source_id, sample_id)
+    blocks = read_blocks(sources, source_id=source_id, starts=starts, block_size=block_size, reading=reading)
+    blocks.write(slice(0, len(source_id)), out)
+    return batch_of(out, source_id.copy(), sample_id.copy())
 
 
-def batch_of(per_token: torch.Tensor, source_id: NDArray[np.int64], sample_id: NDArray[np.int64]) -> Batch:
-    """A batch from what `pack_blocks` fills: input ids, labels, positions and documents in one tensor."""
-    input_ids, labels, position_ids, document_ids = per_token
+def batch_of(
+    per_token: NDArray[np.int64], source_id: NDArray[np.int64], sample_id: NDArray[np.int64]
+) -> Batch:
+    """A batch of what `ReadBlocks.write` filled; it lies in the same memory."""
+    input_ids, labels, position_ids, document_ids = map(torch.from_numpy, per_token)
     return Batch(
-        input_ids=input_ids,
-        labels=labels,
-        position_ids=position_ids,
-        document_ids=document_ids,
-        source_id=torch.from_numpy(source_id.copy()),
-        sample_id=torch.from_numpy(sample_id.copy()),
+        input_ids,
+        labels,
+        position_ids,
+        document_ids,
+        source_id=torch.from_numpy(source_id),
+        sample_id=torch.from_numpy(sample_id),
     )
-
-
-def _fill_rest(
-    out: NDArray[np.int64], borders: list[NDArray[np.int64]], loss: NDArray[np.uint8] | None
-) -> None:
-    """Labels, positions and documents of the tokens in `out[0]`, in place: new pages cost more than sums."""
-    input_ids, labels, positions, documents = out
-    num_rows, length = input_ids.shape
-    row_starts = np.arange(num_rows) * length
-    begins = np.unique(np.concatenate([row_starts, *borders]))
-    np.copyto(labels, input_ids)
-    labels.reshape(-1)[begins] = IGNORED_LABEL
-    if loss is not None:
-        labels[loss == 0] = IGNORED_LABEL
-    # Sums of steps: a position goes up by one, or back to 0 where a document begins.
-    steps = positions.reshape(-1)
-    steps.fill(1)
-    steps[begins] = 1 - np.diff(begins, prepend=-1)
-    np.cumsum(steps, out=steps)
-    first_of_row = np.searchsorted(begins, row_starts)
-    steps = documents.reshape(-1)
-    steps.fill(0)
-    steps[begins] = 1
-    steps[row_starts] = 1 - np.diff(first_of_row, prepend=-1)
-    np.cumsum(steps, out=steps)

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from data_handler.chat import render_chat
 from data_handler.config import SourceConfig
 from data_handler.encoder import TextEncoder
+from data_handler.progress import Advance
+from data_handler.records import Record, lines_before, place_of, read_piece, too_long
 from data_handler.shards import token_dtype, write_part
-from data_handler.sources import Piece, Record, place_of, read_piece
+from data_handler.sources import Piece
 from durable import ExitCode, UserError, publish
 
 HASH_BYTES = 16
@@ -36,17 +38,24 @@ class Document:
     digest: bytes
 
 
-class _BadLines:
-    """Counts unreadable records, and stops at one more than allowed."""
+class _TooManyError(Exception):
+    """One bad line more than allowed, of which the collector knows."""
 
-    def __init__(self, name: str, piece: Piece, allowed: int) -> None:
-        self.name, self.piece, self.allowed = name, piece, allowed
+
+class _BadLines:
+    """Collects unreadable records, and stops at one more than allowed."""
+
+    def __init__(self, piece: Piece, allowed: int) -> None:
+        self.piece, self.allowed = piece, allowed
         self.found: list[tuple[str, str]] = []
+        self._lines_before: int | None = None
 
     def add(self, record: Record, problem: str) -> None:
-        self.found.append((place_of(self.piece, record.number), problem))
+        if self._lines_before is None:
+            self._lines_before = lines_before(self.piece)
+        self.found.append((place_of(self.piece, self._lines_before + record.number), problem))
         if len(self.found) > self.allowed:
-            raise too_many_bad_lines(self.name, self.found, self.allowed)
+            raise _TooManyError
 
 
 def too_many_bad_lines(name: str, found: list[tuple[str, str]], allowed: int) -> UserError:
@@ -56,35 +65,74 @@ def too_many_bad_lines(name: str, found: list[tuple[str, str]], allowed: int) ->
     return UserError(f"{place}: a record of {name} {problem}", fix=fix, exit_code=ExitCode.BAD_DATA)
 
 
+def piece_dir(staging: Path, index: int) -> Path:
+    """Where piece `index` of a source lies until all are there."""
+    return staging / f"piece-{index:05d}"
+
+
 def prepare_piece(
-    name: str, source: SourceConfig, piece: Piece, encoder: TextEncoder, target: Path, *, max_line_bytes: int
+    name: str,
+    source: SourceConfig,
+    piece: Piece,
+    encoder: TextEncoder,
+    target: Path,
+    *,
+    max_line_bytes: int,
+    advance: Advance = lambda tokens, size: None,
 ) -> dict[str, Any]:
-    """Write one piece to `target`, and return what its manifest says."""
+    """Write one piece to `target`, and return what its manifest says.
+
+    With one bad line more than allowed there is nothing to write: what is returned then holds these lines,
+    for how many of them the pieces before leave, the caller knows.
+    """
     encoder = encoder.afresh()
-    bad = _BadLines(name, piece, source.max_bad_lines)
+    bad = _BadLines(piece, source.max_bad_lines)
     metadata: dict[str, Any] = {}
-    with publish(target, metadata=metadata) as directory:
-        digests = bytearray()
-        documents = _documents(source, piece, encoder, bad, max_line_bytes)
-        masks: list[NDArray[np.uint8]] | None = [] if source.answers_only else None
-        tokens = _tokens(documents, encoder, digests, masks, source.max_tokens)
-        loss = None if masks is None else _drained(masks)
-        part = write_part(directory, 0, tokens, token_dtype(encoder.vocab_size), loss)
-        (directory / "hashes.bin").write_bytes(digests)
-        metadata |= {
-            "num_tokens": part.num_tokens,
-            "num_documents": part.num_documents,
-            "bad_lines": bad.found,
-            "num_bytes": piece.num_bytes,
-        }
+    shown = _Shown(piece.num_bytes, advance)
+    try:
+        with publish(target, metadata=metadata) as directory:
+            digests = bytearray()
+            documents = _documents(source, piece, encoder, bad, max_line_bytes)
+            masks: list[NDArray[np.uint8]] | None = [] if source.answers_only else None
+            tokens = _tokens(documents, encoder, digests, masks, source.max_tokens, shown)
+            loss = None if masks is None else _drained(masks)
+            part = write_part(directory, 0, tokens, token_dtype(encoder.vocab_size), loss)
+            (directory / "hashes.bin").write_bytes(digests)
+            metadata |= {
+                "num_tokens": part.num_tokens,
+                "num_documents": part.num_documents,
+                "bad_lines": bad.found,
+                "num_bytes": piece.num_bytes,
+            }
+    except _TooManyError:
+        return {"num_tokens": 0, "num_documents": 0, "bad_lines": bad.found, "num_bytes": 0}
+    shown.rest()
     return metadata
+
+
+class _Shown:
+    """Tells how far a piece is: its text is some share of its bytes, and its end is all of them."""
+
+    def __init__(self, num_bytes: int, advance: Advance) -> None:
+        self._left, self._advance = num_bytes, advance
+
+    def add(self, tokens: int, size: int) -> None:
+        self._advance(tokens, min(size, self._left))
+        self._left -= min(size, self._left)
+
+    def rest(self) -> None:
+        self._advance(0, self._left)
 
 
 def read_documents(
     name: str, source: SourceConfig, piece: Piece, encoder: TextEncoder, *, max_line_bytes: int
 ) -> Iterator[Document]:
     """The texts of a piece; UserError (exit code 4) with `file:line` for one bad line more than allowed."""
-    return _documents(source, piece, encoder, _BadLines(name, piece, source.max_bad_lines), max_line_bytes)
+    bad = _BadLines(piece, source.max_bad_lines)
+    try:
+        yield from _documents(source, piece, encoder, bad, max_line_bytes)
+    except _TooManyError:
+        raise too_many_bad_lines(name, bad.found, bad.allowed) from None
 
 
 def _documents(
@@ -95,10 +143,11 @@ def _documents(
         if problem is None:
             try:
                 text, spans = _text(record.value, source, encoder)
-                yield Document(
-                    text, spans, hashlib.blake2b(text.encode("utf-8"), digest_size=HASH_BYTES).digest()
-                )
-                continue
+                encoded = text.encode("utf-8")
+                if len(encoded) <= max_line_bytes:
+                    yield Document(text, spans, hashlib.blake2b(encoded, digest_size=HASH_BYTES).digest())
+                    continue
+                problem = too_long(max_line_bytes)
             except UnicodeEncodeError:
                 problem = "has half of a surrogate pair"
             except ValueError as error:
@@ -135,6 +184,7 @@ def _tokens(
     digests: bytearray,
     masks: list[NDArray[np.uint8]] | None,
     max_tokens: int | None,
+    shown: _Shown,
 ) -> Iterator[NDArray[np.uint32]]:
     """Ids of each document, end-of-text included, until the budget is reached."""
     end, num_tokens = np.array([encoder.eos_token_id], dtype=np.uint32), 0
@@ -152,6 +202,7 @@ def _tokens(
             yield np.concatenate([ids, end])
             if max_tokens is not None and num_tokens >= max_tokens:
                 return
+        shown.add(sum(map(len, encoded)) + len(batch), sum(len(document.text) for document in batch))
 
 
 def _drained(masks: list[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:

@@ -22,12 +22,14 @@ def reach(
     address: str,
     action: Callable[[], T],
     *,
-    timeout_seconds: float = TIMEOUT_SECONDS,
+    timeout_seconds: float | None = None,
     pause_seconds: float = 1.0,
+    num_tries: int = NUM_TRIES,
 ) -> T:
     """What `action` returns; UserError (exit code 4) when it failed three times or the time is over."""
-    deadline, failure = time.monotonic() + timeout_seconds, "no answer"
-    for attempt in range(NUM_TRIES):
+    seconds = TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
+    deadline, failure = time.monotonic() + seconds, f"no answer for {seconds:.0f} seconds"
+    for attempt in range(num_tries):
         outcome = _in_thread(action, deadline - time.monotonic())
         if outcome is None:
             break
@@ -40,7 +42,7 @@ def reach(
         failure = f"{type(error).__name__}: {error}"
         if isinstance(error, _FINAL) or time.monotonic() + pause_seconds > deadline:
             break
-        if attempt + 1 < NUM_TRIES:
+        if attempt + 1 < num_tries:
             time.sleep(pause_seconds)
             pause_seconds *= 2
     raise unreachable(address, failure)

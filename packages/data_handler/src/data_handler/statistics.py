@@ -31,18 +31,26 @@ def source_dirs(directory: Path) -> list[Path]:
 
 def describe(directory: Path) -> str:
     """Tokens, documents, lengths and shares of each source, with a histogram of lengths."""
-    opened = {path.name: Shards.open(path / "train") for path in source_dirs(directory)}
+    paths = {path.name: path for path in source_dirs(directory)}
+    opened = {name: Shards.open(path / "train") for name, path in paths.items()}
     total = sum(shards.num_tokens for shards in opened.values())
     lines = []
     for name, shards in opened.items():
         share = shards.num_tokens / max(total, 1)
         lines.append(
             f"{name:20} {'█' * round(share * _WIDTH):{_WIDTH}} {share:6.1%}  "
-            f"{shards.num_tokens:,} tokens, {shards.num_documents:,} documents"
+            f"{shards.num_tokens:,} tokens, {shards.num_documents:,} documents{_held_out(paths[name])}"
         )
     for name, shards in opened.items():
         lines += ["", *_histogram(name, document_lengths(shards))]
     return "\n".join(lines)
+
+
+def _held_out(directory: Path) -> str:
+    if not (directory / "probe").is_dir():
+        return ""
+    probe = Shards.open(directory / "probe")
+    return f"; {probe.num_tokens:,} tokens, {probe.num_documents:,} documents in the probe"
 
 
 def document_lengths(shards: Shards) -> NDArray[np.int64]:

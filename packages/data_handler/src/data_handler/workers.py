@@ -4,7 +4,7 @@
     worker    maps the shards, packs, writes into a shared slot ──answer──► main copies the slot out, in order
 
 The order is decided before a request leaves, so workers know nothing of mixtures or weights. Each notes which
-source it is about to read in shared memory: when one dies, its last note outlives it and names the source.
+source it is about to read in shared memory: when one dies or hangs, its last note names the source.
 """
 
 import contextlib
@@ -30,6 +30,13 @@ from durable import ExitCode, UserError
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
+ANSWER_SECONDS = 20
+"""Without an answer for so long, a worker that has begun is taken for stopped or hung."""
+START_SECONDS = 120
+"""The same before it has begun: where processes are spawned, it imports torch first."""
+
+_STARTING, _IDLE = -2, -1
+"""What a worker notes instead of a source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +100,32 @@ class WorkerPool:
         self._waiting.append(request)
 
     def receive(self) -> Batch:
-        """The next batch; UserError (exit code 4) as soon as a worker is found dead."""
+        """The next batch; UserError (exit code 4) when a worker is found dead, or gives no answer."""
         worker, slot = self._place_of(self._num_received)
         request = self._waiting[0]
-        ours = self._workers[worker]
-        everyone = [other.process.sentinel for other in self._workers]
-        while not ours.pipe.poll():
-            self._require_alive(request)
-            multiprocessing.connection.wait([ours.pipe, *everyone], timeout=5.0)
-        self._require_alive(request)
+        self._await_answer(worker, request)
         try:
-            failure = ours.pipe.recv()
+            failure = self._workers[worker].pipe.recv()
         except (EOFError, OSError):
             raise self._died(worker, request) from None
         self._num_received += 1
         self._waiting.popleft()
         if failure is not None:
             raise failure
-        return batch_of(self._slots[worker, slot].clone(), request.source_id, request.sample_id)
+        return batch_of(self._slots[worker, slot].numpy().copy(), request.source_id, request.sample_id)
+
+    def _await_answer(self, number: int, request: Request) -> None:
+        ours = self._workers[number]
+        everyone = [other.process.sentinel for other in self._workers]
+        num_waits = 0
+        # Counted in waits, not by the clock: when all of us are stopped and go on later, that is one wait.
+        while not ours.pipe.poll():
+            self._require_alive(request)
+            if num_waits >= (START_SECONDS if ours.noted == _STARTING else ANSWER_SECONDS):
+                raise self._hangs(number, request)
+            if not multiprocessing.connection.wait([ours.pipe, *everyone], timeout=1.0):
+                num_waits += 1
+        self._require_alive(request)
 
     def discard(self) -> None:
         """Wait for what is under way and drop it."""
@@ -118,9 +133,9 @@ class WorkerPool:
             self.receive()
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, stopped ones too; they hold nothing that needs tidying up."""
         for worker in self._workers:
-            worker.process.terminate()
+            worker.process.kill()
         for worker in self._workers:
             worker.process.join()
             worker.pipe.close()
@@ -136,18 +151,41 @@ class WorkerPool:
                 raise self._died(number, request)
 
     def _died(self, number: int, request: Request) -> UserError:
-        """Names what the worker read, or was to read next when it was idle."""
         worker = self._workers[number]
         worker.process.join(timeout=1.0)
-        code, source = worker.process.exitcode, int(worker.reading[0])
-        name = self._names[source if source >= 0 else int(request.source_id[0])]
+        code = worker.process.exitcode
         how = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
+        fix = "see whether memory ran out; lower data.num_workers (0 reads in the training process)"
+        return self._failed(number, request, "died", how, fix)
+
+    def _hangs(self, number: int, request: Request) -> UserError:
+        worker = self._workers[number]
+        state = _state_of(worker.process.pid)
+        worker.process.kill()  # or our own end would wait for it
+        fix = "see whether its files' disk answers, or who stopped it; then resume"
+        return self._failed(number, request, "gives no answer", state, fix)
+
+    def _failed(self, number: int, request: Request, what: str, how: str, fix: str) -> UserError:
+        """Names what the worker read, or was to read next when it was idle."""
+        worker = self._workers[number]
+        source, doing = worker.noted, "reading it"
+        if source < 0:
+            source, doing = int(request.source_id[0]), "about to read it"
         return UserError(
-            f"data.sources.{name}: the worker {'reading' if source >= 0 else 'about to read'} it died",
+            f"data.sources.{self._names[source]}: the worker {doing} {what}",
             f"process {worker.process.pid} {how}",
-            "see whether memory ran out; lower data.num_workers (0 reads in the training process)",
+            fix,
             ExitCode.BAD_DATA,
         )
+
+
+def _state_of(process_id: int | None) -> str:
+    """What Linux says a process does, as `T (stopped)` or `D (disk sleep)`."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process_id}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("State:"):
+                return f"in state {line.removeprefix('State:').strip()}"
+    return "is silent"
 
 
 class _Worker:
@@ -155,7 +193,7 @@ class _Worker:
 
     def __init__(self, context: Any, number: int, slots: Tensor, directories: list[Path]) -> None:
         self.pipe, theirs = context.Pipe()
-        self.reading = torch.full((1,), -1, dtype=torch.int64)
+        self.reading = torch.full((1,), _STARTING, dtype=torch.int64)
         self.reading.share_memory_()
         self.process = context.Process(
             target=_work,
@@ -165,6 +203,11 @@ class _Worker:
         )
         self.process.start()
         theirs.close()
+
+    @property
+    def noted(self) -> int:
+        """The source it reads, or what it does instead."""
+        return int(self.reading[0])
 
 
 def _work(
@@ -179,6 +222,7 @@ def _work(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     shards: dict[int, Shards] = {}
+    reading[0] = _IDLE
     with contextlib.suppress(EOFError, OSError):
         while True:
             # A forked sibling may hold the other end of the pipe open, so its closing alone tells nothing.
@@ -212,5 +256,5 @@ def _answered(
         )
     except UserError as error:
         return error
-    note(-1)
+    note(_IDLE)
     return None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from durable import ExitCode, UserError
+from durable import ExitCode, UserError, publish_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +35,7 @@ def score(
     from data_handler.probes import Probe
     from data_handler.shards import Shards
 
+    _require_place(out)  # now, not after the scoring
     prepared = [_prepared(one, "train") for one in source]
     names = [name for name, _ in prepared]
     if len(set(names)) < len(names):
@@ -53,6 +54,12 @@ def score(
     typer.echo(score_table(scores))
     write_scores(out, scores, sources, domains=list(probes), method=config.method.value)
     typer.echo(f"wrote {out}")
+
+
+def _require_place(out: Path) -> None:
+    if not out.parent.is_dir() or out.is_dir():
+        what = f"--out: {out.parent} is no directory" if not out.parent.is_dir() else "--out: is a directory"
+        raise UserError(what, out, "give a file in a directory that exists", ExitCode.CANNOT_WRITE)
 
 
 def _prepared(path: Path, split: str) -> tuple[str, Path]:
@@ -74,6 +81,8 @@ def reweight(
     from data_handler.influence.config import MixtureOptimizationConfig
     from data_handler.influence.scoring import read_scores, reweight_from_scores, weight_plot
 
+    if out is not None:
+        _require_place(out)
     found = read_scores(scores)
     weights = _parse_weights(weight) if weight else dict.fromkeys(found, 1 / len(found))
     for name in weights:
@@ -86,7 +95,8 @@ def reweight(
     if update.kept_because is not None:
         typer.echo(f"weights stay as they are: {update.kept_because}")
     if out is not None:
-        out.write_text(json.dumps(update.to_dict(), indent=1) + "\n", encoding="utf-8")
+        with publish_file(out, replace=True) as file:
+            file.write_text(json.dumps(update.to_dict(), indent=1) + "\n", encoding="utf-8")
         typer.echo(f"wrote {out}")
 
 
@@ -111,6 +121,8 @@ def _load(name: str) -> "nn.Module":
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UserError("data score: needs transformers", fix="pip install 'data-handler[score]'") from None
+    if not Path(name).is_dir():
+        name = _download(name)
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             name, dtype="float32", attn_implementation="sdpa"
@@ -122,3 +134,11 @@ def _load(name: str) -> "nn.Module":
             f"{name}: no decoder that transformers can load", lines[0], fix, ExitCode.BAD_DATA
         ) from None
     return model
+
+
+def _download(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    from data_handler.reaching import reach
+
+    return str(reach(name, lambda: snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])))

@@ -23,7 +23,7 @@ from data_handler.permutation import key_of, permuted
 from data_handler.probes import Probe
 from data_handler.shards import Shards
 from data_handler.types import Batch
-from durable import ExitCode, UserError
+from durable import ExitCode, UserError, publish_file
 
 FORMAT_VERSION = 1
 BAR_WIDTH = 40
@@ -123,7 +123,8 @@ def write_scores(
         for name, values in scores.items()
     }
     content = {"format_version": FORMAT_VERSION, "method": method, "domains": domains, "sources": listed}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with publish_file(path, replace=True) as file:
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_scores(path: Path) -> dict[str, Tensor]:

@@ -42,10 +42,12 @@ def create_objective_manager(specs: Mapping[str, Mapping[str, Any]]) -> Objectiv
     """From {name: {weight, …}}; what is disabled or has weight 0 is left out."""
     objectives: dict[str, Objective] = {}
     weights: dict[str, float] = {}
+    names: set[str] = set()
     for given, options in specs.items():
         name = canonical_name(given)
-        if name in objectives:
-            raise UserError(f"objectives.{given}: the same objective twice", found=f"{given} and {name}")
+        if name in names:
+            raise UserError(f"objectives.{given}: the same objective twice", found=f"{given}, that is {name}")
+        names.add(name)
         wanted = is_wanted(name, options)
         if not wanted and name not in AVAILABLE:
             continue

@@ -31,8 +31,8 @@ def learning_rate_factor(step: int, total_steps: int, config: SchedulerConfig) -
         case SchedulerType.constant:
             return 1.0
         case SchedulerType.wsd:
-            start, is_cosine = total_steps - _decay_steps(total_steps, config), config.decay_type
-            return _decay(step, start, total_steps, config, is_cosine is DecayType.cosine)
+            start = total_steps - _decay_steps(total_steps, config)
+            return _decay(step, start, total_steps, config, config.decay_type is DecayType.cosine)
         case SchedulerType.cosine | SchedulerType.linear:
             return _decay(step, warmup, total_steps, config, config.type is SchedulerType.cosine)
         case _:
@@ -73,9 +73,7 @@ def apply_schedule(optimizer: Optimizer, factor: float, weight_decay: float | No
 
 def _decay(step: int, start: int, end: int, config: SchedulerConfig, is_cosine: bool) -> float:
     """1 up to `start`, `min_lr_ratio` from `end` on."""
-    if step <= start < end:
-        return 1.0
-    progress = min(1.0, (step - start) / max(1, end - start))
+    progress = min(max(0.0, (step - start) / max(1, end - start)), 1.0)
     height = (1 + math.cos(math.pi * progress)) / 2 if is_cosine else 1 - progress
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * height
 
