@@ -1,6 +1,6 @@
 # Shortcuts for the commands of README.md and CLAUDE.md; `.ci/run` is what has to pass.
 .DEFAULT_GOAL := help
-.PHONY: help sync test slow lint types lock lock-check bench demo ci
+.PHONY: help sync test slow lint types lock lock-check bench demo ci chaos
 
 help: ## Show what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12

@@ -73,7 +73,7 @@ def run(command: list[str], directory: Path) -> None:
     ended = subprocess.run(
         command,
         cwd=directory / "empty",
-        env=os.environ | OFFLINE | {"PATH": path},
+        env=os.environ | OFFLINE | {"PATH": path, "WRINKLEFREE_DATA": str(directory / "data")},
         capture_output=True,
         text=True,
         check=False,

@@ -14,10 +14,9 @@ def validate(overrides: list[str]) -> None:
     config = load_config(overrides)
     per_step = config.training.batch_size * config.training.gradient_accumulation_steps
     length, steps = config.training.max_seq_length, config.max_steps
-    print(
-        f"valid: {config.model.name}, {config.training.stage.value}, {steps:,} steps of {per_step} × {length} "
-        f"tokens ({steps * per_step * length:,})"
-    )
+    name, stage = config.model.name, config.training.stage.value
+    tokens = steps * per_step * length
+    print(f"valid: {name}, {stage}, {steps:,} steps of {per_step} × {length} tokens ({tokens:,})")
 
 
 def schema() -> None:
