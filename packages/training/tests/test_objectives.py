@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,26 @@ def test_samples_of_one_document_go_without_a_mask(family: str) -> None:
     # For a name of ours, transformers would make no mask at all, windows included.
     model.config._attn_implementation = "a name that has no masks"
     mask = packed_mask(model, batch.document_ids)
+    assert mask is not None
     model.config._attn_implementation = "sdpa"
     explicit = model.model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     torch.testing.assert_close(explicit, expected)
+
+
+def test_positions_are_those_of_the_batch() -> None:
+    model, batch = tiny("llama"), packed(some_documents(LENGTHS))
+    stretched = replace(batch, position_ids=3 * batch.position_ids)
+    mask = packed_mask(model, batch.document_ids)
+    expected = model.model(
+        input_ids=batch.input_ids, position_ids=stretched.position_ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state
+
+    found = decoder_states(model, stretched).hidden
+
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    # Rotary positions are relative: a shift would not be seen, a stretch is.
+    assert not torch.allclose(found, decoder_states(model, batch).hidden)
 
 
 def test_packing_is_refused_where_attention_takes_no_dense_mask() -> None:
