@@ -116,7 +116,8 @@ def test_what_happens_to_one_rank_ends_both_and_the_run_goes_on(
     logged = steps_logged(tmp_path)
     again = start(tmp_path, 2, *halves)
     wait_for_steps(tmp_path, again, logged + 3)
-    os.killpg(again.pid, signal.SIGKILL)
+    for pid in (*ranks_of(again), again.pid):  # torchrun's end alone would leave the ranks running
+        os.kill(pid, signal.SIGKILL)
     again.wait(30)
     rows = read_metrics(metrics(tmp_path))
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
