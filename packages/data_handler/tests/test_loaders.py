@@ -242,9 +242,10 @@ def test_a_stopped_worker_is_noticed_and_named_with_a_source(
             UserError, match=r"data\.sources\.(web|code|math): the worker .* gives no answer .*stopped"
         ) as caught:
             list(batches)
+        stopped.join(timeout=10)
+        assert not stopped.is_alive()  # or an interpreter that closes nothing would wait for it at its end
 
     assert caught.value.exit_code == 4
-    assert not stopped.is_alive()  # or the interpreter would wait for it at its end
 
 
 def test_a_worker_that_hangs_in_a_source_is_named_with_that_source(

@@ -3,6 +3,7 @@
 Each test runs with both ways of copying: through the kernel from the maps, and with `preadv` from the files.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,24 @@ def test_stretches_go_to_their_places_and_nowhere_else(tmp_path: Path) -> None:
     files.read(np.array([1, 0]), np.array([3, 90]), np.array([4, 2]), out=out, places=np.array([8, 1]))
 
     assert out.tolist() == [[7, 90, 91, 7], [7, 7, 7, 7], [503, 504, 505, 506]]
+
+
+def test_reads_that_end_early_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, preadv = mapped_files(tmp_path, np.arange(300), np.arange(500, 600)), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, place: preadv(file, [buffers[0][:7]], place))
+
+    found = files.read(np.array([1, 0]), np.array([3, 90]), np.array([40, 200]))
+
+    assert found.tolist() == [*range(503, 543), *range(90, 290)]
+
+
+def test_what_cannot_be_copied_from_a_file_that_is_as_it_was_is_an_error(tmp_path: Path) -> None:
+    files = mapped_files(tmp_path, np.arange(100), np.arange(100))
+
+    with pytest.raises(UserError, match=r"1\.bin: cannot be read to its end") as caught:
+        files.read(np.array([0, 1]), np.array([0, 2**40]), np.array([100, 1]))
+
+    assert caught.value.exit_code == 4
 
 
 def test_nothing_is_read_from_nowhere(tmp_path: Path) -> None:

@@ -1,12 +1,22 @@
 """A packed batch means what its documents mean alone; logits are compared with transformers' own."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional as F
 
+from data_handler import demo
+from data_handler.config import DataConfig, SourceConfig
 from data_handler.masks import attention_mask, document_mask, flex_mask
+from data_handler.packing import pack_blocks
+from data_handler.prepare import prepare
+from data_handler.shards import Shards
 
 LENGTHS = [[7, 1, 11, 5], [13, 9, 2]]
 
@@ -18,18 +28,18 @@ def documents() -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), torch.tensor(positions)
 
 
-def tiny(family: str) -> Any:
+def tiny(family: str, vocab_size: int = 61) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     shape = {
-        "vocab_size": 61,
+        "vocab_size": vocab_size,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 128,
         "pad_token_id": 0,
     }
     if family == "llama":
@@ -117,3 +127,73 @@ def test_a_kind_of_layer_that_nobody_described_is_refused() -> None:
 
     with pytest.raises(ValueError, match="chunked_attention"):
         attention_mask(Config(), documents()[0])
+
+
+CHATS = [
+    [("user", "1 + 1?"), ("assistant", "two")],
+    [("user", "Why?"), ("assistant", "Because."), ("user", "Are you sure of that?"), ("assistant", "Yes!")],
+    [("user", "Sing."), ("assistant", "La, la, la and once more from the beginning: la.")],
+    [("user", "A question that nobody answers")],
+    [("assistant", "I begin."), ("user", "So do I.")],
+]
+
+
+def chats_alone() -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of each chat by itself, from where the tokenizer says that its tokens begin."""
+    tokenizer, alone = Tokenizer.from_file(str(demo.TOKENIZER_DIR / "tokenizer.json")), []
+    for chat in CHATS:
+        text, wanted = "", set[int]()
+        for role, content in chat:
+            text += f"<|im_start|>{role}\n"
+            answer = f"{content}<|im_end|>\n"
+            wanted |= set(range(len(text), len(text) + len(answer))) if role == "assistant" else set()
+            text += answer
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        labels = [
+            id_ if first in wanted else -100
+            for id_, (first, _) in zip(encoded.ids, encoded.offsets, strict=True)
+        ]
+        alone.append(([*encoded.ids, 0], [*labels, -100]))
+    return alone
+
+
+@pytest.mark.parametrize("block_size", [29, 64, 127])
+def test_packed_answers_have_the_labels_and_the_loss_of_each_chat_alone(
+    tmp_path: Path, block_size: int
+) -> None:
+    lines = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in CHATS]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = SourceConfig(
+        path=str(tmp_path / "chats.jsonl"), messages_field="messages", answers_only=True, licence="CC0-1.0"
+    )
+    prepare(DataConfig(name="chats", sources={"s": source}), tmp_path / "out")
+    shards = Shards.open(tmp_path / "out/s/train")
+    starts = np.arange(shards.num_tokens // block_size) * block_size
+    zeros, model = np.zeros_like(starts), tiny("llama", 512)
+
+    batch = pack_blocks({0: shards}, source_id=zeros, starts=starts, sample_id=zeros, block_size=block_size)
+    with torch.no_grad():
+        packed = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=attention_mask(model.config, batch.document_ids),
+        ).logits
+
+    for row, start in enumerate(starts.tolist()):
+        ids, labels = list[int](), list[int]()
+        loss, begin = torch.tensor(0.0), 0
+        for chat_ids, chat_labels in chats_alone():
+            mine = slice(max(0, start - begin), max(0, start + block_size - begin))
+            begin += len(chat_ids)
+            if piece := chat_ids[mine]:
+                alone = [-100, *chat_labels[mine][1:]]
+                with torch.no_grad():
+                    logits = model(input_ids=torch.tensor([piece])).logits[0]
+                loss += F.cross_entropy(logits[:-1], torch.tensor(alone[1:]), reduction="sum")
+                ids, labels = ids + piece, labels + alone
+        assert batch.input_ids[row].tolist() == ids
+        assert batch.labels[row].tolist() == labels
+        together = F.cross_entropy(packed[row, :-1], batch.labels[row, 1:], reduction="sum")
+        # 1e-5 relative: float32 sums of up to 127 losses near ln 512.
+        torch.testing.assert_close(together, loss, atol=1e-4, rtol=1e-5)
+    assert (batch.labels != -100).any()

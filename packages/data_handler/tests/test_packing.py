@@ -89,3 +89,20 @@ def test_samples_of_several_sources_keep_their_rows(tmp_path: Path) -> None:
     assert batch.input_ids.tolist() == [[104, 105, 106], [3, 4, 5], [101, 102, 103], [1, 2, 3]]
     assert batch.labels.tolist() == [[-100, 105, 106], [-100, -100, 5], [-100, 102, 103], [-100, -100, 3]]
     assert seen == [0, 2]
+
+
+@pytest.mark.parametrize("block_size", [256, 257, 65_536, 65_537])
+def test_long_blocks_count_as_far_as_they_go(tmp_path: Path, block_size: int) -> None:
+    shards = prepare(tmp_path / "s", [[[1] * block_size], [[2]] * block_size])
+
+    batch = pack_blocks(
+        {0: shards},
+        source_id=np.zeros(2, np.int64),
+        starts=np.array([0, block_size]),
+        sample_id=np.arange(2),
+        block_size=block_size,
+    )
+
+    upwards, zeros = torch.arange(block_size), torch.zeros(block_size, dtype=torch.int64)
+    assert torch.equal(batch.position_ids, torch.stack([upwards, zeros]))
+    assert torch.equal(batch.document_ids, torch.stack([zeros, upwards]))

@@ -82,9 +82,9 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         while self.next_sample < self.num_samples:
-            jumps = self._jumps
+            jumps, stride = self._jumps, self._stride
             for batch in self._read_local() if self.num_workers == 0 else self._read_by_workers():
-                self.next_sample += self._stride
+                self.next_sample += stride
                 yield batch.pin_memory() if self.pin_memory else batch
                 if jumps != self._jumps:  # sought or reweighted: what was read ahead is not what comes next
                     break

@@ -37,28 +37,29 @@ class ReadBlocks:
     """[B, T]: 1 where a loss is wanted; None when it is everywhere."""
     begins: NDArray[np.int64]
     """[D]: where documents begin, and again where a block cuts them, counted through `tokens`; ascending."""
+    bounds: list[int]
+    """B + 1: how many of `begins` lie before each row, and before the end."""
     lengths: NDArray[np.int64]
     """[D]: their tokens."""
-    columns: NDArray[np.int64]
-    """[D]: the place in the block of their first."""
-    numbers: NDArray[np.int64]
-    """[D]: from 0 on in each block."""
+    columns: NDArray[np.unsignedinteger[Any]]
+    """[D]: the place in the block of their first; of the smallest type, as it is repeated for each token."""
+    numbers: NDArray[np.unsignedinteger[Any]]
+    """[D]: from 0 on in each block; of the same type."""
 
     def write(self, rows: slice, out: NDArray[np.int64]) -> None:
         """Input ids, labels, positions and documents of some blocks, into [4, rows, T]."""
+        _, labels, positions, documents = out
         tokens, length = self.tokens[rows], self.tokens.shape[1]
-        first = rows.start * length
-        mine = slice(*np.searchsorted(self.begins, [first, first + tokens.size]))
-        input_ids, labels, positions, documents = out
-        np.copyto(input_ids, tokens)
-        np.copyto(labels, tokens)
-        labels.reshape(-1)[self.begins[mine] - first] = IGNORED_LABEL
+        mine = slice(self.bounds[rows.start], self.bounds[rows.stop])
+        np.copyto(out[:2], tokens)
+        labels.reshape(-1)[self.begins[mine] - rows.start * length] = IGNORED_LABEL
         if self.loss is not None:
             np.copyto(labels, IGNORED_LABEL, where=self.loss[rows] == 0)
         lengths = self.lengths[mine]
-        columns = np.repeat(self.columns[mine], lengths).reshape(tokens.shape)
-        np.subtract(np.arange(length), columns, out=positions)
-        np.copyto(documents, np.repeat(self.numbers[mine].astype(np.int32), lengths).reshape(tokens.shape))
+        places = self.columns[mine].repeat(lengths).reshape(tokens.shape)
+        np.subtract(np.arange(length, dtype=places.dtype), places, out=places)
+        np.copyto(positions, places)
+        np.copyto(documents, self.numbers[mine].repeat(lengths).reshape(tokens.shape))
 
 
 def read_blocks(
@@ -91,14 +92,17 @@ def read_blocks(
             sources[source].require_known(starts[rows], rows, tokens)
     begins = np.sort(np.concatenate(borders))
     begins = begins[np.diff(begins, prepend=-1) > 0]
+    bounds = np.append(np.searchsorted(begins, row_starts), len(begins))
     row, columns = np.divmod(begins, block_size)
+    smallest = np.min_scalar_type(block_size)
     return ReadBlocks(
         tokens,
         loss,
         begins=begins,
+        bounds=bounds.tolist(),
         lengths=np.diff(begins, append=tokens.size),
-        columns=columns,
-        numbers=np.arange(len(begins)) - np.searchsorted(begins, row_starts)[row],
+        columns=columns.astype(smallest),
+        numbers=(np.arange(len(begins)) - bounds[row]).astype(smallest),
     )
 
 
