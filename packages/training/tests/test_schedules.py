@@ -80,6 +80,10 @@ def test_a_warm_up_that_nobody_wrote_is_a_share_of_the_run_with_a_limit(total: i
     assert warmup_steps(total, SchedulerConfig()) == expected
 
 
+def test_a_warm_up_that_nobody_wrote_ends_where_the_decay_begins() -> None:
+    assert warmup_steps(100, SchedulerConfig(warmup_share=0.9, decay_ratio=0.2)) == 80
+
+
 @pytest.mark.parametrize("kind", list(SchedulerType))
 @pytest.mark.parametrize("total", [1, 2, 3, 7])
 def test_defaults_hold_for_runs_of_any_length(kind: SchedulerType, total: int) -> None:

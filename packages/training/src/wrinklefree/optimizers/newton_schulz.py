@@ -12,6 +12,7 @@ Shapes: X [m, n] with m ≤ n (tall matrices are transposed); G and P [m, m].
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from bitnet_arch.gemm import CPU_PREFERS_ONEDNN, has_bf16_gemm, matmul
 
@@ -34,7 +35,9 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.T if is_tall else x
     x.div_(x.norm().clamp(min=EPS))
     is_oblong = x.size(1) >= OBLONG * x.size(0)
-    x = _through_gram(x) if dtype == torch.float32 and is_oblong else _direct(x)
+    # Shards have no diagonal to write to.
+    is_short = dtype == torch.float32 and is_oblong and not isinstance(x, DTensor)
+    x = _through_gram(x) if is_short else _direct(x)
     return x.T if is_tall else x
 
 

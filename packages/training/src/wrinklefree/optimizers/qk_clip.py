@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 RECORDING = "sdpa_and_largest_logits"
 """What transformers calls our attention function: SDPA, and a look at its logits."""
-MAX_ELEMENTS = 2**22
+MAX_ELEMENTS = 2**20
 """Logits that are alive at a time."""
 
 
