@@ -21,6 +21,7 @@ DISTRIBUTIONS = {
     "data_handler": "data-handler",
     "bitnet_serving": "bitnet-serving",
     "wrinklefree": "wrinklefree",
+    "hydra": "hydra-core",
     "yaml": "pyyaml",
     "google": "protobuf",
 }
