@@ -95,8 +95,8 @@ def autobitlinear(in_features: int, out_features: int) -> nn.Module:
 
 
 def torchao_bitnet(in_features: int, out_features: int) -> nn.Module:
-    from torchao.prototype.quantized_training import bitnet  # type: ignore[import-not-found]
-    from torchao.quantization import quantize_  # type: ignore[import-not-found]
+    from torchao.prototype.quantized_training import bitnet
+    from torchao.quantization import quantize_
 
     def product(a: Tensor, b: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
         return torch._int_mm(a, b) * column_scale.view(-1) * row_scale.view(-1, 1)

@@ -119,19 +119,20 @@ def test_a_finished_run_is_left_alone(whole: Path) -> None:
     assert state() == before
 
 
+def make_foreign(path: Path) -> None:
+    """The newest directory is of another program."""
+    foreign = path.parents[1] / "step_000009"
+    path.parent.rename(foreign)
+    (foreign / "manifest.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda path: os.truncate(path, path.stat().st_size // 2), "model.safetensors"),
         (lambda path: path.write_bytes(b""), "model.safetensors"),
         (lambda path: _flip_bit(path), "model.safetensors"),
-        (
-            lambda path: (
-                (shutil.copytree(path.parent, path.parents[1] / "step_000009") and shutil.rmtree(path.parent))
-                or (path.parents[1] / "step_000009" / "manifest.json").write_text("{}")
-            ),
-            "manifest.json",
-        ),
+        (make_foreign, "manifest.json"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_and_named(
