@@ -78,8 +78,10 @@ def test_known_expressions_look_ahead_no_more_and_others_still_do() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "digits", "llama3", "qwen2"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(text=st.text(ALPHABET, max_size=60), length=st.integers(0, 9))
+@example(text="\n\n1", length=0)
+@example(text="a\n1\n!\n\nb", length=0)
 def test_a_cut_changes_no_id(name: str, text: str, length: int) -> None:
     stretches = cut_safely(text, length)
 

@@ -39,7 +39,7 @@ _KNOWN = frozenset({_GPT2, _GPT2_DIGITS, _LLAMA3, _QWEN2})
 """Without their last two alternatives, which look ahead and are the same in all."""
 _RARE_BLANKS = "\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _RARE_BLANK = re.compile(f"[{_RARE_BLANKS}]")
-_SAFE_CUT = re.compile(r"[A-Za-z](?= [A-Za-z])|\n(?=\S)")
+_SAFE_CUT = re.compile(r"[A-Za-z](?= [A-Za-z])|(?<=\S)\n(?=\S)")
 """Where every known expression begins another word, whatever stands before and after."""
 
 
