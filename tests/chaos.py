@@ -9,6 +9,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -91,6 +92,12 @@ class Training:
         keys = ("loss", "losses", "samples", "weights", "lambda", "mu", "lr", "grad_norm")
         return {row["step"]: tuple(repr(row[key]) for key in keys) for row in rows}
 
+    def last_step(self) -> int:
+        """The step that was written last, which is not the highest after a kill."""
+        text = (self.run_dir / "metrics.jsonl").read_text(errors="replace")
+        steps = re.findall(r'^\{"kind":"step","version":\d+,"step":(\d+),', text, re.MULTILINE)
+        return int(steps[-1]) if steps else 0
+
     def final_digest(self) -> str:
         weights = self.run_dir / "checkpoints" / "final" / "model.safetensors"
         return hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -130,9 +137,8 @@ def torment(training: Training, rng: random.Random, *, num_kills: int, max_steps
         if landed and code != 0:
             assert code == EXPECTED_EXIT[name], f"{name} ended with {code}: {training.last_words()}"
             kills.signals.append(name)
-            logged = max(training.trace(), default=0)
-            saved = _newest_step(training)
-            kills.steps_lost.append((name, logged - saved))
+            logged = training.last_step() if training.steps_logged() > before else 0  # of this life
+            kills.steps_lost.append((name, max(0, logged - _newest_step(training))))
         else:
             assert code == 0, training.last_words()
             if len(kills.signals) < num_kills:
