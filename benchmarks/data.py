@@ -113,21 +113,24 @@ def ours(corpus: Corpus, out: Path, *, fast: bool) -> Ids:
     return np.fromfile(out / "text/train/tokens-00000.bin", dtype="<u2")
 
 
-def hf_map_and_group(corpus: Corpus, out: Path) -> Ids:
-    """As in the examples of transformers, without the attention mask and labels that they make as well."""
+def hf_map_and_group(corpus: Corpus, out: Path, *, ids_only: bool = False) -> Ids:
+    """As in the language modelling examples of transformers, with or without the mask and labels there."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=corpus.tokenizer, eos_token=END)
 
     def tokenize(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(rows["text"], return_attention_mask=False, return_token_type_ids=False)
-        return {"input_ids": [[*ids, corpus.end] for ids in encoded["input_ids"]]}
+        encoded = tokenizer(rows["text"], return_token_type_ids=False, return_attention_mask=not ids_only)
+        ends = {"input_ids": corpus.end, "attention_mask": 1}
+        return {key: [[*values, ends[key]] for values in column] for key, column in encoded.items()}
 
     def group_texts(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        joined = list(itertools.chain(*rows["input_ids"]))
-        return {
-            "input_ids": [joined[first : first + BLOCK_SIZE] for first in range(0, len(joined), BLOCK_SIZE)]
+        joined = {key: list(itertools.chain(*column)) for key, column in rows.items()}
+        starts = range(0, len(joined["input_ids"]), BLOCK_SIZE)
+        blocks = {
+            key: [values[start : start + BLOCK_SIZE] for start in starts] for key, values in joined.items()
         }
+        return blocks if ids_only else blocks | {"labels": blocks["input_ids"].copy()}
 
     mapped = _hf_texts(corpus).map(
         tokenize, batched=True, remove_columns=["text"], cache_file_name=str(out / "tokens.arrow")
@@ -202,6 +205,7 @@ def _litdata_blocks(directory: Path, *, shuffle: bool) -> Any:
 
 PREPARE: dict[str, Callable[[Corpus, Path], Ids]] = {
     "datasets, map + group": hf_map_and_group,
+    "datasets, map + group of ids only": lambda corpus, out: hf_map_and_group(corpus, out, ids_only=True),
     "datasets, one map": hf_one_map,
     "litdata": litdata_optimize,
     "ours, without the fast path": lambda corpus, out: ours(corpus, out, fast=False),
@@ -237,7 +241,9 @@ class Loading:
         import litdata
 
         blocks = _litdata_blocks(self.prepared["litdata"], shuffle=True)
-        return self._epochs(lambda: litdata.StreamingDataLoader(blocks, batch_size=BATCH_SIZE))
+        return self._epochs(
+            lambda: litdata.StreamingDataLoader(blocks, batch_size=BATCH_SIZE, drop_last=True)
+        )
 
     def datasets(self, kind: str) -> Iterator[Any]:
         shuffled = self.blocks.shuffle(seed=0).with_format(kind)

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class TextEncoder:
         """Whether documents go through the tiktoken core."""
         return self._fast is not None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for tokenizers that give equal ids, whatever the layout of their file."""
         canonical = json.dumps([self._raw, self.eos_token_id], sort_keys=True)
