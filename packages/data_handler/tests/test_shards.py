@@ -51,6 +51,27 @@ def test_documents_come_back_from_any_number_of_parts(tmp_path: Path, per_part: 
     assert shards.tokens(0, 1).dtype.itemsize == (2 if vocab_size == 65_536 else 4)
 
 
+@pytest.mark.parametrize("per_part", [1, 3, 5])
+@pytest.mark.parametrize("loss", [False, True])
+@pytest.mark.parametrize(("documents_at_once", "tokens_at_once"), [(1, 100), (2, 3), (100, 6), (100, 100)])
+def test_one_pass_gives_every_document_however_many_are_read_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    per_part: int,
+    loss: bool,
+    documents_at_once: int,
+    tokens_at_once: int,
+) -> None:
+    monkeypatch.setattr("data_handler.shards._DOCUMENTS_AT_ONCE", documents_at_once)
+    monkeypatch.setattr("data_handler.shards._TOKENS_AT_ONCE", tokens_at_once)
+
+    found = list(Shards.open(write(tmp_path, per_part=per_part, loss=loss)).documents())
+
+    assert [tokens.tolist() for tokens, _ in found] == DOCUMENTS
+    marks = [[token % 2 for token in document] if loss else None for document in DOCUMENTS]
+    assert [None if mark is None else mark.tolist() for _, mark in found] == marks
+
+
 @pytest.mark.parametrize("per_part", [1, 2, 5])
 def test_every_stretch_of_the_stream_is_that_of_the_joined_documents(tmp_path: Path, per_part: int) -> None:
     shards = Shards.open(write(tmp_path, per_part=per_part, loss=True))

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 NUM_CHECKED, CHARACTERS_CHECKED = 64, 2**17
 """Documents of each piece on which the two ways are compared; fewer when they are long."""
-LONGEST_WHOLE = 2**20
+LONGEST_WHOLE = 2**18
 """Characters: a longer document is cut where that changes nothing."""
 _LARGEST_TOKENIZER = 256 * 2**20
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import blake2b, sha256
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,7 @@ def hold_out(
     if one_in < 2:
         raise ValueError(f"One document in {one_in} held out leaves nothing to train on; use 2 or more.")
     chosen = np.array(
-        [
-            is_held_out(source.document(index), seed=seed, one_in=one_in)
-            for index in range(source.num_documents)
-        ],
-        dtype=bool,
+        [is_held_out(document, seed=seed, one_in=one_in) for document, _ in source.documents()], dtype=bool
     )
     if chosen.all() or not chosen.any():
         raise UserError(
@@ -56,9 +53,11 @@ def hold_out(
             "prepare more documents, or hold out another share",
             ExitCode.BAD_DATA,
         )
-    train = _write_subset(source, np.flatnonzero(~chosen), train_dir, split="train")
-    probe = _write_subset(source, np.flatnonzero(chosen), probe_dir, split="probe")
-    held = (source.document(index) for index in np.flatnonzero(chosen).tolist())
+    train = _write_subset(source, ~chosen, train_dir, split="train")
+    probe = _write_subset(source, chosen, probe_dir, split="probe")
+    held = (
+        document for (document, _), is_chosen in zip(source.documents(), chosen, strict=True) if is_chosen
+    )
     content = {
         "format_version": _FORMAT_VERSION,
         "domain": source.header.domain,
@@ -83,7 +82,7 @@ class Probe:
         self.shards = Shards.open(directory)
         self.domain = self.shards.header.domain
         self.hashes = tuple(_read_hashes(Path(directory) / PROBE_NAME))
-        found = [document_hash(self.shards.document(index)) for index in range(self.shards.num_documents)]
+        found = [document_hash(document) for document, _ in self.shards.documents()]
         if found != list(self.hashes):
             differ = sum(one != other for one, other in zip(found, self.hashes, strict=False))
             raise _bad(
@@ -117,8 +116,8 @@ class Probe:
 def require_disjoint(train: Shards, probe: Probe) -> None:
     """Look at every training document; UserError (exit code 4) when one is in the probe."""
     held = set(probe.hashes)
-    for index in range(train.num_documents):
-        if document_hash(train.document(index)) in held:
+    for index, (document, _) in enumerate(train.documents()):
+        if document_hash(document) in held:
             raise UserError(
                 f"{train.directory}: trains on a document of the probe {probe.shards.directory}",
                 f"document {index}",
@@ -127,14 +126,16 @@ def require_disjoint(train: Shards, probe: Probe) -> None:
             )
 
 
-def _write_subset(source: Shards, indices: NDArray[np.int64], directory: Path, *, split: str) -> ShardHeader:
+def _write_subset(source: Shards, chosen: NDArray[np.bool_], directory: Path, *, split: str) -> ShardHeader:
     """The chosen documents, cut into as many parts as the source has."""
     directory.mkdir(parents=True, exist_ok=True)
+    documents = (both for both, is_chosen in zip(source.documents(), chosen, strict=True) if is_chosen)
     parts = []
-    for part, chosen in enumerate(np.array_split(indices, len(source.header.parts))):
-        documents = (source.document(index) for index in chosen.tolist())
-        marks = (source.loss(*source.span(index)) for index in chosen.tolist()) if source.has_loss else None
-        parts.append(write_part(directory, part, documents, source.header.dtype, marks))
+    for part, places in enumerate(np.array_split(np.flatnonzero(chosen), len(source.header.parts))):
+        mine, again = tee(islice(documents, len(places)))
+        tokens = (document for document, _ in mine)
+        marks = (mark for _, mark in again if mark is not None) if source.has_loss else None
+        parts.append(write_part(directory, part, tokens, source.header.dtype, marks))
     header = replace(source.header, split=split, parts=tuple(parts))
     finish(directory, header)
     return header

@@ -9,8 +9,9 @@ nothing. Other damage keeps sizes and range: `data verify` compares each file wi
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ _STEP = 32
 """One offset in this many is kept in memory."""
 _SLICE = 2**20
 """Offsets that are checked at once."""
+_DOCUMENTS_AT_ONCE, _TOKENS_AT_ONCE = 2**14, 2**20
+"""Read together by `documents`; one document at least."""
 
 
 class Shards:
@@ -103,6 +106,21 @@ class Shards:
         """The tokens of one document, its end-of-text included."""
         start, stop = self.span(index)
         return self.tokens(start, stop)
+
+    def documents(self) -> Iterator[tuple[NDArray[Any], NDArray[np.uint8] | None]]:
+        """The tokens of every document in turn, and the marks of them: for one pass, read many at once."""
+        for part, num_documents in enumerate(self._num_documents.tolist()):
+            first, base = 0, int(self._first_token[part])
+            while first < num_documents:
+                count = min(_DOCUMENTS_AT_ONCE, num_documents - first)
+                offsets = self._offsets.read(np.array([part]), np.array([first]), np.array([count + 1]))
+                fitting = int(np.searchsorted(offsets, offsets[0] + _TOKENS_AT_ONCE, side="right")) - 1
+                borders = offsets[: max(1, min(fitting, count)) + 1]
+                start, stop = base + int(borders[0]), base + int(borders[-1])
+                tokens, loss = self.tokens(start, stop), self.loss(start, stop) if self.has_loss else None
+                for low, high in pairwise((borders - borders[0]).tolist()):
+                    yield tokens[low:high], None if loss is None else loss[low:high]
+                first += len(borders) - 1
 
     def span(self, index: int) -> tuple[int, int]:
         """Where document `index` starts and stops in the stream."""
