@@ -348,7 +348,6 @@ def test_validation_changes_no_bit(whole: Path, tmp_path: Path) -> None:
 def test_the_cut_into_micro_batches_does_not_matter(cut: tuple[int, int], tmp_path: Path) -> None:
     # At λ = 0: with int8 activations a difference of 1e-7 draws other roundings (design §5).
     plain = [
-        "training.auto_convert.enabled=true",
         "training.lambda_warmup.warmup_steps=5",
         "training.max_steps=6",
         "model.attention_dropout=0",

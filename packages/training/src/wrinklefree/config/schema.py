@@ -55,9 +55,8 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class AutoConvertConfig:
-    """How a dense model becomes ternary before training; off trains it as it is."""
+    """How a dense model becomes ternary before training."""
 
-    enabled: bool = True
     exclude_layers: list[str] = field(default_factory=list)
     """Projections to leave dense: a name (`q_proj`), a path or the end of one, or a glob."""
     subln: SubLNPlacement = SubLNPlacement.none
@@ -130,8 +129,6 @@ class ResumeConfig:
     """Off starts the learning rate, λ and μ at their first step."""
     load_training_state: bool = True
     """Off starts step count, data and influence at the beginning."""
-    strict_model_load: bool = True
-    """Off accepts a checkpoint that lacks tensors of this model, or has others."""
     allow: list[str] = field(default_factory=list)
     """Keys whose change is accepted when resuming."""
 
@@ -212,13 +209,6 @@ class LoggingConfig:
 
 
 @dataclass(kw_only=True)
-class CompileConfig:
-    """`torch.compile`, one graph per decoder layer."""
-
-    enabled: bool = False
-
-
-@dataclass(kw_only=True)
 class TrainingConfig:
     """What a run does."""
 
@@ -246,7 +236,6 @@ class TrainingConfig:
     objectives: dict[str, Any] = field(default_factory=lambda: {"continue_pretrain": {"weight": 1.0}})
     """Name → weight and options of each loss."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    torch_compile: CompileConfig = field(default_factory=CompileConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

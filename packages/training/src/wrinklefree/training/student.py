@@ -108,8 +108,6 @@ def _copy_of(pretrained: Pretrained | None) -> PreTrainedModel:
 
 def _convert(student: PreTrainedModel, config: RunConfig, calibration: Iterable[Tensor]) -> None:
     wanted = config.training.auto_convert
-    if not wanted.enabled:
-        return
     needs_batches = wanted.subln_init == "calibrated" and wanted.subln != "none"
     report = convert_to_bitnet(
         student,
