@@ -315,6 +315,8 @@ def test_nonfinite_logits_are_seen_in_the_loss(batch: Batch) -> None:
         ({"layerwise_distill": {"weight": 0}, "layerwise": {"weight": 0}}, "twice"),
         ({"continue_pretrain": {"weight": 0}}, "all weights are 0"),
         ({}, "all weights are 0"),
+        ({"continue_pretrain": 1.0}, r"^objectives\.continue_pretrain: is no table"),
+        ({"tcs_distill": {"top_n": 100}}, "did you mean 'top_k'"),
         *[({name: {}}, f"objective {name} is not available yet") for name in NOT_YET],
     ],
 )

@@ -50,6 +50,7 @@ class RunResult:
 
 def run(config: RunConfig) -> RunResult:
     """Train until the end or until somebody asks to stop; UserError for what a person can put right."""
+    manager = create_objective_manager(config.training.objectives)
     directory = RunDirectory.of(config)
     with ExitStack() as closing:
         ranks = closing.enter_context(joined_ranks(config.distributed))
@@ -58,7 +59,6 @@ def run(config: RunConfig) -> RunResult:
         stop_flag = StopFlag()
         closing.enter_context(watched_signals(stop_flag))
         start = _starting_point(config, directory, ranks)
-        manager = create_objective_manager(config.training.objectives)
         if start is not None and start.is_complete(config, directory):
             logger.info("this run is complete: %d steps, %s", start.state.step, start.checkpoint)
             return RunResult(directory.path, start.state.step, 0)

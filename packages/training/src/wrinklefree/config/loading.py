@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from durable import UserError
 from wrinklefree.config.describe import accepted
 from wrinklefree.config.schema import RunConfig
-from wrinklefree.objectives import create_objective_manager
+from wrinklefree.objectives.factory import checked_objectives
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
 OPEN_KEY = "training.objectives."
@@ -45,7 +45,7 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     except UserError as error:
         raise _with_place(error, overrides) from None
     assert isinstance(config, RunConfig)
-    create_objective_manager(config.training.objectives)
+    checked_objectives(config.training.objectives)
     return config
 
 

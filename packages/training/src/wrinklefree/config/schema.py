@@ -20,7 +20,11 @@ class Stage(StrEnum):
     unified = "unified"
     base = "base"
     stage1 = "stage1"
+    stage1_9 = "stage1_9"
     stage2 = "stage2"
+    stage3 = "stage3"
+    bitdistill = "bitdistill"
+    lrc = "lrc"
 
 
 class Precision(StrEnum):

@@ -8,7 +8,7 @@ from durable import UserError
 from wrinklefree.objectives.base import Objective, ObjectiveConfig, check_common
 from wrinklefree.objectives.continue_pretrain import ContinuePretrainConfig, ContinuePretrainObjective
 from wrinklefree.objectives.logits_distill import LogitsDistillationObjective, LogitsDistillConfig
-from wrinklefree.objectives.manager import ObjectiveManager
+from wrinklefree.objectives.manager import ObjectiveManager, require_a_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,55 +23,65 @@ AVAILABLE = {
     "continue_pretrain": Kind(ContinuePretrainConfig, ContinuePretrainObjective),
     "logits_distill": Kind(LogitsDistillConfig, LogitsDistillationObjective),
 }
-NAMES = (
-    "continue_pretrain",
-    "dlm",
-    "layerwise",
-    "logits_distill",
-    "attention_distill",
-    "bitdistill",
-    "tcs_distill",
-    "lrc_reconstruction",
-)
-"""All that configurations may name. One that cannot be computed yet is accepted where it is switched off."""
+COMING = {
+    "dlm": ("mask_token_id", "mask_prob", "use_complementary_masks", "ignore_index"),
+    "layerwise": ("loss_type", "layer_weights", "temperature", "normalize", "ignore_index"),
+    "attention_distill": ("distill_layer", "temperature", "ignore_index"),
+    "bitdistill": ("lambda_logits", "gamma_attention", "temperature", "distill_layer", "ignore_index"),
+    "tcs_distill": ("temperature", "top_k", "ignore_index"),
+    "lrc_reconstruction": ("loss_type", "layer_weights", "temperature", "normalize"),
+}
+"""Objectives that a configuration may describe and a run cannot compute yet, with the options they take."""
+NAMES = (*AVAILABLE, *COMING)
 ALIASES = {"layerwise_distill": "layerwise"}
 COMMON = ("enabled", "weight")
 
 
 def create_objective_manager(specs: Mapping[str, Mapping[str, Any]]) -> ObjectiveManager:
     """From {name: {weight, …}}; what is disabled or has weight 0 is left out."""
-    objectives: dict[str, Objective] = {}
-    weights: dict[str, float] = {}
-    names: set[str] = set()
+    wanted = checked_objectives(specs)
+    objectives = {name: create_objective(name, options) for name, options in wanted.items()}
+    return ObjectiveManager(
+        objectives, {name: options.get("weight", 1.0) for name, options in wanted.items()}
+    )
+
+
+def checked_objectives(specs: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The options of those that are wanted, by the names they have here; UserError for what does not hold."""
+    described: dict[str, Mapping[str, Any]] = {}
     for given, options in specs.items():
         name = canonical_name(given)
-        if name in names:
+        if name in described:
             raise UserError(f"objectives.{given}: the same objective twice", found=f"{given}, that is {name}")
-        names.add(name)
-        wanted = is_wanted(name, options)
-        if not wanted and name not in AVAILABLE:
-            continue
-        objective = create_objective(name, options)
-        if wanted:
-            objectives[name], weights[name] = objective, options.get("weight", 1.0)
-    return ObjectiveManager(objectives, weights)
+        if not isinstance(options, Mapping):
+            raise UserError(f"objectives.{given}: is no table", options, "give {weight: NUMBER}")
+        _check_options(name, options)
+        described[name] = options
+    wanted = {name: options for name, options in described.items() if is_wanted(name, options)}
+    require_a_weight(wanted, described)
+    return wanted
 
 
 def create_objective(name: str, options: Mapping[str, Any]) -> Objective:
     """One objective from its options."""
     name = canonical_name(name)
-    if name not in AVAILABLE:
+    _check_options(name, options)
+    if name in COMING:
         raise UserError(
             f"objectives.{name}: objective {name} is not available yet",
             fix=f"set objectives.{name}.weight to 0, or use {' or '.join(AVAILABLE)}",
         )
-    kind = AVAILABLE[name]
-    known = [field.name for field in fields(kind.config)]
+    return AVAILABLE[name].build(**{key: value for key, value in options.items() if key not in COMMON})
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    kind = AVAILABLE.get(name)
+    known = [field.name for field in fields(kind.config)] if kind else [*COMMON, *COMING[name]]
     for option in options:
         if option not in known:
             raise UserError(f"objectives.{name}: unknown key", found=option, choices=known)
-    kind.config(**options)  # checks them
-    return kind.build(**{key: value for key, value in options.items() if key not in COMMON})
+    if kind:
+        kind.config(**options)  # checks them
 
 
 def canonical_name(name: str) -> str:

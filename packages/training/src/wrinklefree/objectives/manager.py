@@ -8,7 +8,7 @@
 for each: for who wants the gradient of a single one. `manager(outputs, batch)` is for who has the logits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -64,12 +64,7 @@ class ObjectiveManager:
                 raise UserError("objectives: a weight for none of them", found=name, choices=self.objectives)
             check_weight(f"objectives.{name}.weight", weight)
         together = self.weights | {name: float(weight) for name, weight in weights.items()}
-        if not any(together.values()):
-            raise UserError(
-                "objectives: all weights are 0, nothing would be trained",
-                found=", ".join(together) or "no objective",
-                fix="give one of them a weight above 0",
-            )
+        require_a_weight([name for name, weight in together.items() if weight], together)
         self.weights = together
 
     @property
@@ -159,6 +154,16 @@ class ObjectiveManager:
             if isinstance(objective, ContinuePretrainObjective) and not objective.label_smoothing:
                 return loss.mean()
         return None
+
+
+def require_a_weight(wanted: Collection[str], named: Iterable[str]) -> None:
+    """UserError when none of the objectives named is wanted."""
+    if not wanted:
+        raise UserError(
+            "objectives: all weights are 0, nothing would be trained",
+            found=", ".join(named) or "no objective",
+            fix="give one of them a weight above 0",
+        )
 
 
 def _entry(outputs: Any, name: str) -> Tensor | None:
