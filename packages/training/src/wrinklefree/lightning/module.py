@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_handler import Batch
+from wrinklefree.config import RunConfig
 from wrinklefree.objectives.manager import ObjectiveManager
 from wrinklefree.objectives.teacher import Teacher
 from wrinklefree.optimizers.build import build_optimizer
@@ -32,6 +33,7 @@ from wrinklefree.optimizers.schedule import apply_schedule, learning_rate_factor
 from wrinklefree.optimizers.zclip import ZClip
 from wrinklefree.training.randomness import seed_micro_batch
 from wrinklefree.training.signals import StopFlag
+from wrinklefree.training.student import Models
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,6 +111,29 @@ class WrinkleFreeLightningModule(pl.LightningModule):
         self.report: StepReport | None = None
         self.optimizer = build_optimizer(model, self.optimizer_cfg)
         self.qk_clip = _qk_clip(model, self.optimizer_cfg)
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, models: Models, manager: ObjectiveManager, stop_flag: StopFlag
+    ) -> "WrinkleFreeLightningModule":
+        """As a configuration describes it."""
+        training = config.training
+        module = cls(
+            models.student,
+            manager,
+            models.teacher,
+            training.optimizer,
+            training.scheduler,
+            training.gradient_clipping,
+            max_steps=config.max_steps,
+            seed=config.seed,
+            stop_flag=stop_flag,
+        )
+        module.progress.ramp_steps = {
+            "lambda": training.lambda_warmup.steps(config.max_steps),
+            "mu": training.subln_warmup.steps(config.max_steps),
+        }
+        return module
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer

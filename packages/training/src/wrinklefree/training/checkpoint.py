@@ -10,16 +10,21 @@ gives a `state_dict` of what json holds. safetensors and json only; nothing is e
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitnet_arch.checkpoint import Tokenizer, checkpoint_files
 from durable import ExitCode, UserError, publish
+from wrinklefree.lightning.module import Progress
+from wrinklefree.optimizers.state import split_state
+from wrinklefree.training.student import Models
 
 FORMAT_VERSION = 1
 STATE_JSON = "train_state.json"
@@ -45,6 +50,32 @@ class TrainState:
     """What json holds of the optimizer."""
     tensors: dict[str, Tensor]
     """The rest of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saver:
+    """Writes a checkpoint of the run as it is now."""
+
+    config: dict[str, Any]
+    """What a resume is compared with."""
+    stage: str
+    models: Models
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    parts: Mapping[str, Part]
+
+    def __call__(self, target: Path) -> None:
+        tensors, numbers = split_state(self.optimizer)
+        state = TrainState(
+            step=self.progress.step,
+            config=self.config,
+            parts={name: part.state_dict() for name, part in self.parts.items()},
+            optimizer=numbers,
+            tensors=tensors,
+        )
+        write_checkpoint(
+            target, self.models.student, state, tokenizer=self.models.tokenizer, stage=self.stage
+        )
 
 
 def write_checkpoint(

@@ -1,7 +1,7 @@
 """The processes that train one model together; torchrun starts them and tells each who it is."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +31,14 @@ class Ranks:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def first_then_all(self, prepare: Callable[[], Value]) -> Value:
+        """Rank 0 prepares what lies on disk, then all find it there."""
+        if self.world_size > 1:
+            if self.is_first:
+                prepare()
+            self.barrier()
+        return prepare()
 
     def shared(self, value: Value | None) -> Value:
         """Rank 0's value, on all ranks."""
