@@ -248,6 +248,7 @@ def test_a_start_with_weights_alone_begins_at_sample_0(whole: Path, tmp_path: Pa
         tmp_path,
         f"training.resume.checkpoint_path={whole / 'checkpoints'}",
         "training.resume.load_training_state=false",
+        "training.resume.load_scheduler_state=false",
         "training.resume.load_optimizer_state=false",
     )
 

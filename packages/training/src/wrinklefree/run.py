@@ -54,9 +54,12 @@ def run(config: RunConfig) -> RunResult:
             return RunResult(directory.path, start.state.step, 0)
 
         data = ranks.first_then_all(lambda: prepare_data(config))
+        if start is not None:
+            start.require_same_data(data, config)
         models = build_models(
             config,
             checkpoint=start.checkpoint if start else None,
+            takes_what_fits=start is not None and start.takes_what_fits(config),
             needs_teacher=manager.needs().teacher_logits,
             calibration=calibration_batches(config, data),
         )
@@ -72,7 +75,7 @@ def run(config: RunConfig) -> RunResult:
             closing.callback(writer.close)
         callbacks = build_callbacks(config, module, loader, data, writer)
         save = Saver(
-            config=identity(config, ranks),
+            config=identity(config, ranks, data),
             stage=training.stage.value,
             models=models,
             optimizer=module.optimizer,
@@ -96,7 +99,8 @@ def run(config: RunConfig) -> RunResult:
         )
         data_module = WrinkleFreeDataModule(loader, training.gradient_accumulation_steps)
         try:
-            trainer.fit(module, datamodule=data_module)
+            if module.progress.step < config.max_steps:  # stage 1 may be a conversion and nothing more
+                trainer.fit(module, datamodule=data_module)
         except SIGTERMException:  # it came before `CheckpointCallback` took the signals over
             saving.save(trainer, module.progress.step)
 

@@ -128,13 +128,27 @@ class ResumeConfig:
     """Go on from the newest checkpoint of this run's own directory."""
     checkpoint_path: str | None = None
     """Where an empty run directory starts from: a checkpoint directory, or a directory of them."""
+    strict_model_load: bool = True
+    """Take the checkpoint's model; off gives the configured one the weights that fit, and prints the rest."""
     load_optimizer_state: bool = True
     load_scheduler_state: bool = True
-    """Off starts the learning rate, λ and μ at their first step."""
+    """Off starts the learning rate, λ and μ at their first step, whatever the step count is."""
     load_training_state: bool = True
     """Off starts step count, data and influence at the beginning."""
     allow: list[str] = field(default_factory=list)
     """Keys whose change is accepted when resuming."""
+
+
+@dataclass(kw_only=True)
+class Stage1Config:
+    """Stage 1 converts the model and saves it; it trains when somebody says for how long."""
+
+    finetune_steps: int = 0
+    """Optimizer steps of `training=stage1_subln` without `max_steps`."""
+
+    def __post_init__(self) -> None:
+        steps = self.finetune_steps
+        require(steps >= 0, "training.stage1.finetune_steps", steps, "0 or more")
 
 
 @dataclass(kw_only=True)
@@ -218,7 +232,7 @@ class TrainingConfig:
 
     stage: Stage = Stage.unified
     max_steps: int | None = None
-    """Optimizer steps; none derives them from `total_tokens`."""
+    """Optimizer steps; none derives them from `total_tokens`, or from `stage1.finetune_steps` in stage 1."""
     total_tokens: int = 10_000_000_000
     max_seq_length: int = 512
     """Tokens of a block."""
@@ -239,6 +253,7 @@ class TrainingConfig:
     gradient_clipping: GradientClippingConfig = field(default_factory=GradientClippingConfig)
     objectives: dict[str, Any] = field(default_factory=lambda: {"continue_pretrain": {"weight": 1.0}})
     """Name → weight and options of each loss."""
+    stage1: Stage1Config = field(default_factory=Stage1Config)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -324,6 +339,8 @@ class RunConfig:
         training = self.training
         if training.max_steps is not None:
             return training.max_steps
+        if training.stage is Stage.stage1:
+            return training.stage1.finetune_steps
         per_step = training.batch_size * training.gradient_accumulation_steps * training.max_seq_length
         return max(1, training.total_tokens // per_step)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from data_handler import MixtureSchedule, TrainingLoader
 from data_handler.config import DataConfig, load_data_config
 from data_handler.probes import Probe
+from data_handler.shards import read_header
 from wrinklefree.config.schema import RunConfig
 from wrinklefree.training.student import tokenizer_name
 
@@ -26,6 +27,14 @@ class PreparedData:
 
     def train_dirs(self) -> dict[str, Path]:
         return {name: self.directory / name / "train" for name in self.config.weights}
+
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """Source → what its shards were made from."""
+        headers = {name: read_header(path) for name, path in self.train_dirs().items()}
+        return {
+            name: {"documents": header.source_fingerprint, "tokenizer": header.tokenizer_fingerprint}
+            for name, header in headers.items()
+        }
 
     def probes(self) -> dict[str, Probe]:
         """Held-out documents of every source that has some."""
@@ -60,13 +69,23 @@ def shared_directory() -> Path:
     given = os.environ.get("WRINKLEFREE_DATA")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wrinklefree" / "data"
+    return user_cache() / "data"
+
+
+def user_cache() -> Path:
+    """What can be made or copied again, for all runs of this person."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wrinklefree"
 
 
 def open_loader(
-    config: RunConfig, data: PreparedData, *, rank: int = 0, world_size: int = 1
+    config: RunConfig,
+    data: PreparedData,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_samples: int | None = None,
 ) -> TrainingLoader:
-    """Micro-batches of this rank, from sample 0."""
+    """Micro-batches of this rank, from sample 0; none gives `num_samples` of the whole run."""
     training = config.training
     schedule = MixtureSchedule(data.config.weights, config.seed, config.data.window_samples)
     per_step = training.batch_size * training.gradient_accumulation_steps * world_size
@@ -75,7 +94,7 @@ def open_loader(
         schedule,
         block_size=training.max_seq_length,
         batch_size=training.batch_size,
-        num_samples=config.max_steps * per_step,
+        num_samples=config.max_steps * per_step if num_samples is None else num_samples,
         rank=rank,
         world_size=world_size,
         num_workers=config.data.num_workers,
@@ -84,8 +103,8 @@ def open_loader(
 
 def calibration_batches(config: RunConfig, data: PreparedData) -> Iterator[Tensor]:
     """Token ids of the first micro-batches of the run."""
-    with open_loader(config, data) as loader:
-        for number, batch in enumerate(loader):
-            if number == config.training.auto_convert.calibration_batches:
-                return
+    training = config.training
+    wanted = training.auto_convert.calibration_batches * training.batch_size
+    with open_loader(config, data, num_samples=wanted) as loader:
+        for batch in loader:
             yield batch.input_ids

@@ -40,13 +40,12 @@ class Ranks:
             self.barrier()
         return prepare()
 
-    def shared(self, value: Value | None) -> Value:
+    def shared(self, value: Value) -> Value:
         """Rank 0's value, on all ranks."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0)
-        assert box[0] is not None or value is None
-        return box[0]  # type: ignore[return-value]
+        return box[0]
 
 
 @contextmanager

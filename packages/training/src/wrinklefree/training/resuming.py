@@ -24,6 +24,7 @@ FREE = (
     "training.batch_size",
     "training.gradient_accumulation_steps",
     "training.resume",
+    "training.stage1",
     "training.checkpoint",
     "training.validation",
     "training.non_finite",
@@ -65,6 +66,24 @@ def require_same_run(
         )
     if sizes["max_steps"] > saved_sizes["max_steps"]:
         logger.info("max_steps was %d and is %d now", saved_sizes["max_steps"], sizes["max_steps"])
+
+
+def require_same_data(
+    saved: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]], *, allow: list[str]
+) -> None:
+    """UserError (exit code 2) that names the sources whose documents or tokenizer are others now."""
+    changes = [
+        f"{name} ({', '.join(what for what in before if before[what] != now[name][what])})"
+        for name, before in saved.items()
+        if name in now and before != now[name] and not _is_below(f"data.sources.{name}", allow)
+    ]
+    if changes:
+        raise UserError(
+            "resume: the prepared data is not what the checkpoint was trained on",
+            "; ".join(changes),
+            "bring the documents back, name data.sources in training.resume.allow, "
+            "or start another experiment_name",
+        )
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

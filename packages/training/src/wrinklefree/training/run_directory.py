@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from durable import ExitCode, UserError, lock, newest_complete, read_manifest, recover, verify
-from wrinklefree.config.schema import RunConfig
+from wrinklefree.config.schema import RunConfig, Stage
+from wrinklefree.training.fetching import PICKLES, fetched, padded_step, pickle_refused
 
 logger = logging.getLogger(__name__)
 FINAL = "final"
@@ -28,8 +29,12 @@ class RunDirectory:
 
     @classmethod
     def of(cls, config: RunConfig) -> "RunDirectory":
-        stage = f"{config.training.stage.value}_checkpoint"
-        return cls(Path(config.output_dir) / "checkpoints" / config.experiment_name / stage)
+        experiment = Path(config.output_dir) / "checkpoints" / config.experiment_name
+        return cls(experiment / f"{config.training.stage.value}_checkpoint")
+
+    def of_stage(self, stage: Stage) -> "RunDirectory":
+        """The same experiment's directory of another stage."""
+        return RunDirectory(self.path.with_name(f"{stage.value}_checkpoint"))
 
     @property
     def checkpoints(self) -> Path:
@@ -84,29 +89,23 @@ def step_of(checkpoint: Path) -> int:
     return int(str(read_manifest(checkpoint).metadata["step"]))
 
 
-def find_checkpoint(path: str) -> Path:
-    """The checkpoint that a person named: its directory, a file in it, or a directory of several."""
-    given = Path(path).expanduser()
+def find_checkpoint(path: str, *, key: str = "training.resume.checkpoint_path") -> Path:
+    """The checkpoint that a person named: its directory, a file in it, or a directory of several.
+
+    What lies at an address is copied here first. `key` is what the person wrote it for.
+    """
     if "://" in path:
-        raise UserError(
-            "training.resume.checkpoint_path: remote checkpoints are not fetched", path, "copy it here first"
-        )
-    if given.suffix in (".pt", ".ckpt", ".bin", ".pth"):
+        return fetched(path, key=key)
+    given = Path(path).expanduser()
+    if given.suffix in PICKLES:
         if given.is_file():
-            raise UserError(
-                f"{given}: a pickle is refused, since opening it runs whatever code is inside",
-                fix="name the directory of a checkpoint",
-                exit_code=ExitCode.BAD_DATA,
-            )
+            raise pickle_refused(given)
         given = given.parent
-    if not given.is_dir() and (short := _with_padded_step(given)) is not None:
-        given = short
+    if not given.is_dir():
+        given = given.with_name(padded_step(given.name)) if given.name else given
     if not given.is_dir():
         raise UserError(
-            "training.resume.checkpoint_path: no such directory",
-            path,
-            "name the directory of a checkpoint",
-            ExitCode.BAD_DATA,
+            f"{key}: no such directory", path, "name the directory of a checkpoint", ExitCode.BAD_DATA
         )
     if (given / "manifest.json").is_file():
         verify(given)
@@ -114,16 +113,5 @@ def find_checkpoint(path: str) -> Path:
     folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
     newest = newest_complete(folder).or_raise().path
     if newest is None:
-        raise UserError(
-            "training.resume.checkpoint_path: holds no checkpoint", path, exit_code=ExitCode.BAD_DATA
-        )
+        raise UserError(f"{key}: holds no checkpoint", path, exit_code=ExitCode.BAD_DATA)
     return newest
-
-
-def _with_padded_step(path: Path) -> Path | None:
-    """`step_5000` means `step_005000`."""
-    name, _, number = path.name.rpartition("_")
-    if name != "step" or not number.isdigit():
-        return None
-    padded = path.with_name(f"step_{int(number):06d}")
-    return padded if padded.is_dir() else None

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitnet_arch import ConversionConfig, convert_to_bitnet, load_bitnet
+from bitnet_arch.checkpoint import open_checkpoint, read_tensors
 from data_handler.demo import TOKENIZER_DIR
-from durable import UserError
+from durable import ExitCode, UserError
 from wrinklefree.config.schema import ModelConfig, RunConfig
 from wrinklefree.pretrained import Pretrained, load_pretrained
 
@@ -33,36 +34,48 @@ def build_models(
     config: RunConfig,
     *,
     checkpoint: Path | None,
+    takes_what_fits: bool = False,
     needs_teacher: bool,
     calibration: Iterable[Tensor],
 ) -> Models:
     """From the pretrained model, or the student from a checkpoint of an earlier run.
 
-    The pretrained model is opened only when someone needs it: a student to convert, or a teacher.
+    The pretrained model is opened only when someone needs it: a student to convert, or a teacher. With
+    `takes_what_fits` it is converted, and gets the weights of the checkpoint that it has a place for.
     """
+    from_pretrained = checkpoint is None or takes_what_fits
     teacher_name = config.training.teacher.pretrained_name
     teacher_is_student = needs_teacher and teacher_name is None
     pretrained: Pretrained | None = None
-    if checkpoint is None or teacher_is_student:
+    if from_pretrained or teacher_is_student:
         pretrained = load_pretrained(config.model.pretrained_name)
-    teacher = None
-    if needs_teacher:
-        teacher = load_pretrained(teacher_name).model if teacher_name else _copy_of(pretrained)
-    if checkpoint is None:
+    teacher, other = None, None
+    if teacher_is_student:
+        teacher = _copy_of(pretrained)
+    elif needs_teacher and teacher_name is not None:
+        other = load_pretrained(teacher_name)
+        teacher = other.model
+    if from_pretrained:
         assert pretrained is not None
         student = pretrained.model
         # fp32 while it learns: AdamW's small steps are lost in bf16. The file may hold bf16.
         student = student.float()
         _set_dropout(student, config.model)
         _convert(student, config, calibration)
+        if checkpoint is not None:
+            load_what_fits(student, checkpoint)
     else:
+        assert checkpoint is not None
         student = load_bitnet(checkpoint)
         _set_dropout(student, config.model)
+    tokenizer = load_tokenizer(config.model, pretrained, checkpoint)
+    if other is not None:
+        check_teacher(other.model, other.tokenizer, student, tokenizer)
     if teacher is not None:
         teacher = teacher.float() if config.training.precision == "fp32" else teacher.bfloat16()
         teacher.eval().requires_grad_(False)
     check_length(student, config)
-    return Models(student, teacher, load_tokenizer(config.model, pretrained, checkpoint))
+    return Models(student, teacher, tokenizer)
 
 
 def tokenizer_name(model: ModelConfig) -> str:
@@ -99,6 +112,56 @@ def check_length(model: PreTrainedModel, config: RunConfig) -> None:
             f"{config.training.max_seq_length}, the model has {longest}",
             f"give {longest} or less",
         )
+
+
+def check_teacher(
+    teacher: PreTrainedModel,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Both must mean the same by a token; the student may have more rows at its end, [MASK] for one."""
+    key = "training.teacher.pretrained_name"
+    fix = "choose a teacher with the student's tokenizer"
+    if tokenizer is not None and teacher_tokenizer is not None:
+        ids, teacher_ids = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+        mask = tokenizer.mask_token
+        if any(ids.get(token) != number for token, number in teacher_ids.items() if token != mask) or any(
+            token not in teacher_ids and token != mask for token in ids
+        ):
+            found = f"{len(teacher_ids)} tokens, the student has {len(ids)}"
+            raise UserError(f"{key}: has another tokenizer than the student", found, fix)
+        fits = teacher.config.vocab_size <= student.config.vocab_size
+    else:
+        fits = teacher.config.vocab_size == student.config.vocab_size
+    if not fits:
+        found = f"{teacher.config.vocab_size}, the student has {student.config.vocab_size}"
+        raise UserError(f"{key}: has another vocabulary than the student", found, fix)
+
+
+def load_what_fits(student: PreTrainedModel, checkpoint: Path) -> None:
+    """The tensors of a checkpoint that the model has under the same name and shape; prints the others."""
+    tensors = read_tensors(*open_checkpoint(checkpoint))
+    places = student.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in places and places[name].shape == tensor.shape
+    }
+    if not fitting:
+        raise UserError(
+            f"{checkpoint}: not one tensor fits the model",
+            f"{len(tensors)} tensors",
+            "choose the model that it was trained from",
+            ExitCode.BAD_DATA,
+        )
+    student.load_state_dict(fitting, strict=False)
+    filled = {places[name].data_ptr() for name in fitting}  # of tied weights, one name is enough
+    missing = [name for name, place in places.items() if place.data_ptr() not in filled]
+    unexpected = [name for name in tensors if name not in fitting]
+    for what, names in (("not in the checkpoint, left as they were", missing), ("have no place", unexpected)):
+        if names:
+            print(f"strict_model_load=false: {len(names)} tensors {what}: {', '.join(names)}", flush=True)
 
 
 def _copy_of(pretrained: Pretrained | None) -> PreTrainedModel:
