@@ -53,6 +53,14 @@ def test_a_name_without_a_step_takes_it_from_its_metadata_and_at_equal_steps_the
     assert newest_complete(tmp_path).path == tmp_path / later
 
 
+def test_a_name_to_ignore_is_not_there(tmp_path: Path) -> None:
+    publish_step(tmp_path, "best", step=9)
+    older = publish_step(tmp_path, "step_000005")
+
+    assert newest_complete(tmp_path, ignore=("best",)).path == older
+    assert newest_complete(tmp_path, ignore=("best", "step_000005")) == Newest(None, None, ())
+
+
 def test_without_any_step_the_latest_wins(tmp_path: Path) -> None:
     for seconds, name in [(30, "b"), (50, "a"), (40, "c")]:
         set_time(publish_step(tmp_path, name), 1_700_000_000 + seconds)

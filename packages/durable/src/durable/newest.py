@@ -9,6 +9,7 @@ in silence.
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -52,17 +53,20 @@ class Newest:
         return self
 
 
-def newest_complete(parent: str | os.PathLike[str]) -> Newest:
+def newest_complete(parent: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> Newest:
     """The newest published directory in `parent` that verifies; nothing found nor skipped: there was none.
 
-    Hashing ends with the first that verifies. What an interrupted replacement set aside is put back first.
+    Names in `ignore` are as good as not there. Hashing ends with the first that verifies. What an interrupted
+    replacement set aside is put back first.
     """
     root = Path(parent)
     if not os.path.lexists(root):
         return Newest(None, None)
     try:
         restore(root)
-        candidates = sorted((entry for entry in root.iterdir() if _is_candidate(entry)), key=_age)
+        candidates = sorted(
+            (entry for entry in root.iterdir() if entry.name not in ignore and _is_candidate(entry)), key=_age
+        )
     except OSError as error:
         raise UserError(f"{root}: cannot be listed", error.strerror, exit_code=ExitCode.BAD_DATA) from error
     skipped: list[Skipped] = []

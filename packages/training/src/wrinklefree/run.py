@@ -9,18 +9,17 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from wrinklefree.config import RunConfig, to_yaml
 from wrinklefree.lightning.callbacks.build import build_callbacks
-from wrinklefree.lightning.callbacks.saving import CheckpointCallback
 from wrinklefree.lightning.datamodule import WrinkleFreeDataModule
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
 from wrinklefree.lightning.trainer import lightning_trainer
 from wrinklefree.objectives import create_objective_manager
-from wrinklefree.training.checkpoint import Saver
 from wrinklefree.training.data import calibration_batches, open_loader, prepare_data
+from wrinklefree.training.ending import why_over
 from wrinklefree.training.metrics import MetricsWriter
 from wrinklefree.training.ranks import joined_ranks
 from wrinklefree.training.run_directory import FINAL, RunDirectory
 from wrinklefree.training.signals import StopFlag, watched_signals
-from wrinklefree.training.starting import identity, starting_point
+from wrinklefree.training.starting import identity, samples_per_step, starting_point
 from wrinklefree.training.student import build_models
 
 logger = logging.getLogger(__name__)
@@ -49,8 +48,8 @@ def run(config: RunConfig) -> RunResult:
         closing.enter_context(watched_signals(stop_flag))
 
         start = starting_point(config, directory, ranks)
-        if start is not None and start.is_complete(config, directory):
-            logger.info("this run is complete: %d steps, %s", start.state.step, start.checkpoint)
+        if start is not None and (why := start.why_complete(config, directory)) is not None:
+            logger.info("this run is complete after %s: %s", why, start.checkpoint)
             return RunResult(directory.path, start.state.step, 0)
 
         data = ranks.first_then_all(lambda: prepare_data(config))
@@ -73,41 +72,36 @@ def run(config: RunConfig) -> RunResult:
             (directory.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             writer = MetricsWriter(directory.metrics)
             closing.callback(writer.close)
-        callbacks = build_callbacks(config, module, loader, data, writer)
-        save = Saver(
-            config=identity(config, ranks, data),
-            stage=training.stage.value,
-            models=models,
-            optimizer=module.optimizer,
-            progress=module.progress,
-            parts=callbacks.parts,
-        )
-        saving = CheckpointCallback(
+        callbacks = build_callbacks(
+            config,
             directory,
-            save,
-            interval=training.checkpoint.save_interval,
-            keep_last_n=training.checkpoint.keep_last_n,
+            identity=identity(config, ranks, data),
+            data=data,
+            loader=loader,
+            models=models,
+            module=module,
+            writer=writer,
         )
         if start is not None:
             start.restore(config, module, callbacks.parts)
-            saving.saved_step = module.progress.step if start.is_own else -1
+            # Steps behind us may have had another number of samples.
+            steps_left = max(0, config.max_steps - module.progress.step)
+            loader.num_samples = loader.next_sample + steps_left * samples_per_step(config, ranks)
+            callbacks.saving.saved_step = module.progress.step if start.is_own else -1
             if writer is not None:
                 start.announce(module.progress.step, writer)
 
-        trainer = lightning_trainer(
-            config, [*callbacks.before_saving, saving, *callbacks.after_saving], ranks
-        )
-        data_module = WrinkleFreeDataModule(loader, training.gradient_accumulation_steps)
-        try:
-            if module.progress.step < config.max_steps:  # stage 1 may be a conversion and nothing more
+        if why_over(config, callbacks.states()) is None:
+            trainer = lightning_trainer(config, callbacks.all, ranks)
+            data_module = WrinkleFreeDataModule(loader, training.gradient_accumulation_steps)
+            try:
                 trainer.fit(module, datamodule=data_module)
-        except SIGTERMException:  # it came before `CheckpointCallback` took the signals over
-            saving.save(trainer, module.progress.step)
+            except SIGTERMException:  # it came before `CheckpointCallback` took the signals over
+                callbacks.saving.save(trainer, module.progress.step)
 
-        step = module.progress.step
-        is_done = step >= config.max_steps
-        if is_done and ranks.is_first and training.checkpoint.save_at_end:
-            save(directory.checkpoints / FINAL)
-            print(f"finished {step} steps: {directory.checkpoints / FINAL}", flush=True)
+        step, why = module.progress.step, why_over(config, callbacks.states())
+        if why is not None and ranks.is_first and training.checkpoint.save_at_end:
+            callbacks.save(directory.checkpoints / FINAL)
+            print(f"finished after {why}: {directory.checkpoints / FINAL}", flush=True)
         ranks.barrier()
-        return RunResult(directory.path, step, 0 if is_done else stop_flag.exit_code or SIGNALLED)
+        return RunResult(directory.path, step, 0 if why is not None else stop_flag.exit_code or SIGNALLED)

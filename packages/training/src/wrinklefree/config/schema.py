@@ -5,6 +5,7 @@ wrote is a share of the run, with an upper limit: presets hold for any `max_step
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -112,6 +113,53 @@ class RampConfig:
                 )
 
 
+class SparsityMode(StrEnum):
+    """Which activations of a token stay."""
+
+    topk = "topk"
+    block = "block"
+
+
+@dataclass(kw_only=True)
+class SparsityBlockConfig:
+    """`mode: block` keeps the n largest of every m neighbours."""
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        key = "training.activation_sparsity.block"
+        require(self.m >= 2, f"{key}.m", self.m, "2 or more")
+        require(1 <= self.n < self.m, f"{key}.n", self.n, f"1 to {self.m - 1}")
+
+
+@dataclass(kw_only=True)
+class ActivationSparsityConfig:
+    """Only a token's largest activations reach the ternary weights (Q-Sparse, arXiv 2407.10969)."""
+
+    enabled: bool = False
+    mode: SparsityMode = SparsityMode.topk
+    sparsity_ratio: float = 0.61
+    """Share of activations that `mode: topk` drops, once the ramp has ended."""
+    block: SparsityBlockConfig = field(default_factory=SparsityBlockConfig)
+    warmup: RampConfig = field(default_factory=RampConfig)
+    """How the ratio goes from 0 to its value."""
+
+    def __post_init__(self) -> None:
+        key = "training.activation_sparsity.sparsity_ratio"
+        require(0 <= self.sparsity_ratio < 1, key, self.sparsity_ratio, "0 to below 1")
+
+    @property
+    def target_ratio(self) -> float:
+        """Share of activations that are dropped once the ramp has ended."""
+        return self.sparsity_ratio if self.mode is SparsityMode.topk else 1 - self.block.n / self.block.m
+
+    @property
+    def block_width(self) -> int | None:
+        """Neighbours among which some stay; none is the whole token."""
+        return None if self.mode is SparsityMode.topk else self.block.m
+
+
 @dataclass(kw_only=True)
 class TeacherConfig:
     """Who is imitated when an objective needs a teacher."""
@@ -160,6 +208,8 @@ class CheckpointConfig:
     keep_last_n: int = 5
     save_at_end: bool = True
     """Write `checkpoints/final` after the last step."""
+    save_best: bool = True
+    """Keep the step with the smallest validation loss in `checkpoints/best`; needs `validation.every`."""
 
     def __post_init__(self) -> None:
         require(self.save_interval >= 1, "training.checkpoint.save_interval", self.save_interval, "1 or more")
@@ -180,6 +230,42 @@ class ValidationConfig:
         require(self.every is None or self.every >= 1, "training.validation.every", self.every, "1 or more")
         require(self.num_batches >= 0, "training.validation.num_batches", self.num_batches, "0 or more")
         require(self.batch_size >= 1, "training.validation.batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(kw_only=True)
+class EarlyStoppingConfig:
+    """End the run when the validation loss at λ = μ = 1 has stopped falling."""
+
+    enabled: bool = False
+    patience: int = 5
+    """So many validations in a row without an improvement end the run."""
+    min_delta: float = 0.01
+    """The loss must fall by more than this to have improved."""
+    min_evals: int = 10
+    """No end before so many validations."""
+
+    def __post_init__(self) -> None:
+        require(self.patience >= 1, "training.early_stopping.patience", self.patience, "1 or more")
+        require(self.min_delta >= 0, "training.early_stopping.min_delta", self.min_delta, "0 or more")
+        require(self.min_evals >= 1, "training.early_stopping.min_evals", self.min_evals, "1 or more")
+
+
+@dataclass(kw_only=True)
+class SamplesConfig:
+    """Continuations of prompts during training, in `samples.jsonl`: greedy ones, and drawn ones."""
+
+    every: int | None = None
+    """Optimizer steps; none writes no samples."""
+    prompts: list[str] = field(default_factory=lambda: ["The", "Once upon a time"])
+    max_new_tokens: int = 32
+    temperature: float = 0.8
+    """Of the drawn ones."""
+
+    def __post_init__(self) -> None:
+        require(self.every is None or self.every >= 1, "training.samples.every", self.every, "1 or more")
+        key = "training.samples.max_new_tokens"
+        require(self.max_new_tokens >= 1, key, self.max_new_tokens, "1 or more")
+        require(self.temperature > 0, "training.samples.temperature", self.temperature, "above 0")
 
 
 @dataclass(kw_only=True)
@@ -221,8 +307,12 @@ class LoggingConfig:
 
     log_interval: int = 10
     """Optimizer steps between two printed lines; `metrics.jsonl` has every step."""
+    ternary_interval: int | None = 100
+    """Optimizer steps between two counts of zero and flipped codes; none does not count."""
 
     def __post_init__(self) -> None:
+        interval = self.ternary_interval
+        require(interval is None or interval >= 1, "training.logging.ternary_interval", interval, "1 or more")
         require(self.log_interval >= 1, "training.logging.log_interval", self.log_interval, "1 or more")
 
 
@@ -248,6 +338,7 @@ class TrainingConfig:
     """λ: how much of the quantised values is blended in."""
     subln_warmup: RampConfig = field(default_factory=RampConfig)
     """μ: how much of the added norms is blended in."""
+    activation_sparsity: ActivationSparsityConfig = field(default_factory=ActivationSparsityConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     gradient_clipping: GradientClippingConfig = field(default_factory=GradientClippingConfig)
@@ -258,6 +349,8 @@ class TrainingConfig:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     influence: InfluenceRunConfig = field(default_factory=InfluenceRunConfig)
     non_finite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -269,6 +362,12 @@ class TrainingConfig:
             self.max_steps is None or self.max_steps >= 1, "training.max_steps", self.max_steps, "1 or more"
         )
         require(self.max_seq_length >= 2, "training.max_seq_length", self.max_seq_length, "2 or more")
+        if self.early_stopping.enabled and self.validation.every is None:
+            raise UserError(
+                "training.early_stopping: nothing is measured before the end",
+                "training.validation.every=null",
+                "set training.validation.every to a number of steps",
+            )
 
 
 @dataclass(kw_only=True)
@@ -332,6 +431,8 @@ class RunConfig:
         training = self.training
         training.lambda_warmup.check("training.lambda_warmup", self.max_steps)
         training.subln_warmup.check("training.subln_warmup", self.max_steps)
+        if training.activation_sparsity.enabled:
+            training.activation_sparsity.warmup.check("training.activation_sparsity.warmup", self.max_steps)
 
     @property
     def max_steps(self) -> int:
@@ -341,8 +442,10 @@ class RunConfig:
             return training.max_steps
         if training.stage is Stage.stage1:
             return training.stage1.finetune_steps
-        per_step = training.batch_size * training.gradient_accumulation_steps * training.max_seq_length
-        return max(1, training.total_tokens // per_step)
+        # torchrun says how many processes take part; each reads micro-batches of its own.
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        per_rank = training.batch_size * training.gradient_accumulation_steps * training.max_seq_length
+        return max(1, training.total_tokens // (per_rank * num_ranks))
 
 
 def require(holds: bool, key: str, found: object, accepted: str) -> None:

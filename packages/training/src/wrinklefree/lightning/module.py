@@ -30,10 +30,23 @@ from wrinklefree.optimizers.config import (
 )
 from wrinklefree.optimizers.qk_clip import QKClip
 from wrinklefree.optimizers.schedule import apply_schedule, learning_rate_factor, weight_decay_at
-from wrinklefree.optimizers.zclip import ZClip
+from wrinklefree.optimizers.zclip import Clipped, ZClip
 from wrinklefree.training.randomness import seed_micro_batch
 from wrinklefree.training.signals import StopFlag
 from wrinklefree.training.student import Models
+
+NUM_SHOWN = 64
+"""Tokens of a sample that are written down when its step had no finite numbers."""
+
+
+@dataclass(slots=True, kw_only=True)
+class NotFinite:
+    """Where a loss or gradient stopped being a finite number."""
+
+    parameters: list[str]
+    """Those whose gradient is not finite."""
+    beginnings: dict[int, list[int]]
+    """Sample id → its first tokens, of all ranks."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +69,10 @@ class StepReport:
     """False: no update was made."""
     stop: bool
     """Some rank was asked to stop."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Of what is switched on: ZClip and QK-clip."""
+    not_finite: NotFinite | None = None
+    """What to look at when the step was left out."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,8 +92,10 @@ class Progress:
         return {name: getattr(self, name) for name in self.__slots__}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        ramp_steps = self.ramp_steps | state["ramp_steps"]
         for name in self.__slots__:
             setattr(self, name, state[name])
+        self.ramp_steps = ramp_steps
 
 
 class WrinkleFreeLightningModule(pl.LightningModule):
@@ -133,6 +152,9 @@ class WrinkleFreeLightningModule(pl.LightningModule):
             "lambda": training.lambda_warmup.steps(config.max_steps),
             "mu": training.subln_warmup.steps(config.max_steps),
         }
+        if training.activation_sparsity.enabled:
+            warmup = training.activation_sparsity.warmup
+            module.progress.ramp_steps["sparsity"] = warmup.steps(config.max_steps)
         return module
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -180,13 +202,15 @@ class WrinkleFreeLightningModule(pl.LightningModule):
         self._apply_schedule()
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
+        numbers, not_finite = {}, None
         if is_finite:
-            self.clipper.clip(self.model.parameters(), grad_norm)
+            numbers = self._clipping_numbers(self.clipper.clip(self.model.parameters(), grad_norm))
             optimizer.step()
-            if self.qk_clip is not None:
-                self.qk_clip.clip()
+            if self.qk_clip is not None and (clipped := self.qk_clip.clip()) is not None:
+                numbers |= {"max_logit": clipped.max_logit, "qk_factor": clipped.factor}
         else:
             self.progress.num_skipped += 1
+            not_finite = self._not_finite(micro_batches)
         optimizer.zero_grad(set_to_none=True)
         samples, num_tokens = self._samples(micro_batches)
         self.progress.step += 1
@@ -201,7 +225,32 @@ class WrinkleFreeLightningModule(pl.LightningModule):
             num_tokens=num_tokens,
             is_finite=is_finite,
             stop=stops > 0,
+            numbers=numbers,
+            not_finite=not_finite,
         )
+
+    def _clipping_numbers(self, clipped: Clipped) -> dict[str, float]:
+        if not self.clipper.config.zclip.enabled:
+            return {}
+        return {"clipped_norm": min(clipped.norm, clipped.limit), "z_score": clipped.z_score}
+
+    def _not_finite(self, micro_batches: list[Batch]) -> NotFinite:
+        """Every rank calls this."""
+        parameters = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        beginnings = {
+            int(sample): tokens[:NUM_SHOWN].tolist()
+            for batch in micro_batches
+            for sample, tokens in zip(batch.sample_id, batch.input_ids, strict=True)
+        }
+        if self._num_ranks > 1:
+            gathered: list[dict[int, list[int]]] = [{} for _ in range(self._num_ranks)]
+            dist.all_gather_object(gathered, beginnings)
+            beginnings = {sample: tokens for each in gathered for sample, tokens in each.items()}
+        return NotFinite(parameters=parameters, beginnings=dict(sorted(beginnings.items())))
 
     def _apply_schedule(self) -> None:
         """Learning rates and weight decay of this step."""

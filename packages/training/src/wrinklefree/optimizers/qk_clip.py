@@ -44,6 +44,8 @@ class QKClipStats:
     """Largest of all layers, before clipping."""
     num_clipped: int
     """Layers whose W_q and W_k were scaled."""
+    factor: float
+    """The smallest; 1 where nothing was clipped."""
 
 
 class QKClip:
@@ -106,15 +108,16 @@ class QKClip:
         if dist.is_initialized():
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         per_layer: list[float] = largest.amax(dim=1).tolist()
-        num_clipped = 0
+        num_clipped, smallest = 0, 1.0
         for logit, query, key in zip(per_layer, self.queries, self.keys, strict=True):
             # Infinite and NaN logits are the business of whoever skips the step.
             if self.threshold < logit < torch.inf:
                 factor = self.threshold / logit
+                smallest = min(smallest, factor)
                 _scale(query, factor**self.alpha)
                 _scale(key, factor ** (1 - self.alpha))
                 num_clipped += 1
-        return QKClipStats(max_logit=max(per_layer), num_clipped=num_clipped)
+        return QKClipStats(max_logit=max(per_layer), num_clipped=num_clipped, factor=smallest)
 
     def _why_inactive(self, *, has_norms: bool) -> str | None:
         if has_norms:

@@ -11,9 +11,9 @@ gives a `state_dict` of what json holds. safetensors and json only; nothing is e
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +39,15 @@ class Part(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> object: ...
 
 
+@runtime_checkable
+class TensorPart(Protocol):
+    """A part that keeps tensors, too."""
+
+    def state_tensors(self) -> dict[str, Tensor]: ...
+
+    def load_state_tensors(self, tensors: dict[str, Tensor], /) -> object: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
     """The state of a run between two optimizer steps, but for the model."""
@@ -50,6 +59,16 @@ class TrainState:
     """What json holds of the optimizer."""
     tensors: dict[str, Tensor]
     """The rest of it."""
+    part_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Part → its tensors."""
+
+    def restore(self, parts: Mapping[str, Part]) -> None:
+        """Bring every part that the checkpoint knows to where it was."""
+        for name, part in parts.items():
+            if name in self.parts:
+                part.load_state_dict(self.parts[name])
+            if isinstance(part, TensorPart):
+                part.load_state_tensors(self.part_tensors.get(name, {}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +91,11 @@ class Saver:
             parts={name: part.state_dict() for name, part in self.parts.items()},
             optimizer=numbers,
             tensors=tensors,
+            part_tensors={
+                name: part.state_tensors()
+                for name, part in self.parts.items()
+                if isinstance(part, TensorPart)
+            },
         )
         write_checkpoint(
             target, self.models.student, state, tokenizer=self.models.tokenizer, stage=self.stage
@@ -92,13 +116,12 @@ def write_checkpoint(
     }
     text = json.dumps(content, allow_nan=False)
     _set_aside_foreign(target)
-    num_bytes = files.num_bytes + sum(tensor.nbytes for tensor in state.tensors.values())
+    tensors = _joined(state)
+    num_bytes = files.num_bytes + sum(tensor.nbytes for tensor in tensors.values())
     metadata = {"step": state.step, "stage": stage}
     with publish(target, replace=True, metadata=metadata, bytes_needed=num_bytes) as directory:
         files.write(directory)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in state.tensors.items()}, directory / STATE_TENSORS
-        )
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / STATE_TENSORS)
         (directory / STATE_JSON).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(directory))
@@ -124,12 +147,14 @@ def read_train_state(checkpoint: Path) -> TrainState:
                 fix="resume with the release that wrote it",
                 exit_code=ExitCode.BAD_DATA,
             )
+        tensors, part_tensors = _separated(load_file(checkpoint / STATE_TENSORS))
         return TrainState(
             step=content["step"],
             config=content["config"],
             parts=content["parts"],
             optimizer=content["optimizer"],
-            tensors=load_file(checkpoint / STATE_TENSORS),
+            tensors=tensors,
+            part_tensors=part_tensors,
         )
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(
@@ -138,6 +163,25 @@ def read_train_state(checkpoint: Path) -> TrainState:
             fix="use another checkpoint",
             exit_code=ExitCode.BAD_DATA,
         ) from None
+
+
+def _joined(state: TrainState) -> dict[str, Tensor]:
+    """All tensors of one file; names of parameters have no slash in front."""
+    parts = {
+        f"/{part}/{name}": tensor
+        for part, tensors in state.part_tensors.items()
+        for name, tensor in tensors.items()
+    }
+    return state.tensors | parts
+
+
+def _separated(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """What `_joined` put together."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for path in [path for path in tensors if path.startswith("/")]:
+        _, part, name = path.split("/", 2)
+        parts.setdefault(part, {})[name] = tensors.pop(path)
+    return tensors, parts
 
 
 def _set_aside_foreign(target: Path) -> None:

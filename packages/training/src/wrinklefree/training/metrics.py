@@ -23,22 +23,14 @@ class MetricsWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        self._close_torn_line()
+        self._descriptor = _open_to_append(path)
 
     def write(self, kind: str, values: Mapping[str, Any]) -> None:
-        row = {"kind": kind, "version": METRICS_VERSION, **values}
-        line = json.dumps(_plain(row), allow_nan=False, separators=(",", ":")) + "\n"
-        os.write(self._descriptor, line.encode())
+        os.write(self._descriptor, _line(kind, values))
 
     def close(self) -> None:
         os.close(self._descriptor)
         self._write_csv()
-
-    def _close_torn_line(self) -> None:
-        size = os.fstat(self._descriptor).st_size
-        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            os.write(self._descriptor, b"\n")
 
     def _write_csv(self) -> None:
         target = self.path.with_suffix(".csv")
@@ -48,6 +40,29 @@ class MetricsWriter:
             writer.writeheader()
             writer.writerows(read_metrics(self.path, kind="step"))
         temporary.replace(target)
+
+
+def append_row(path: Path, kind: str, values: Mapping[str, Any]) -> None:
+    """One row for a file that is written to now and then."""
+    descriptor = _open_to_append(path)
+    try:
+        os.write(descriptor, _line(kind, values))
+    finally:
+        os.close(descriptor)
+
+
+def _open_to_append(path: Path) -> int:
+    """At the beginning of a line, whatever an earlier writer left unfinished."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.write(descriptor, b"\n")
+    return descriptor
+
+
+def _line(kind: str, values: Mapping[str, Any]) -> bytes:
+    row = {"kind": kind, "version": METRICS_VERSION, **values}
+    return (json.dumps(_plain(row), allow_nan=False, separators=(",", ":")) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:

@@ -27,6 +27,8 @@ FREE = (
     "training.stage1",
     "training.checkpoint",
     "training.validation",
+    "training.early_stopping",
+    "training.samples",
     "training.non_finite",
     "training.logging",
 )

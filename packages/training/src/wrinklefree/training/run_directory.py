@@ -19,6 +19,8 @@ from wrinklefree.training.fetching import PICKLES, fetched, padded_step, pickle_
 
 logger = logging.getLogger(__name__)
 FINAL = "final"
+BEST = "best"
+"""The checkpoint with the smallest validation loss; a run never goes on from it by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class RunDirectory:
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies; says which it skipped. UserError (4) when none does."""
-        found = newest_complete(self.checkpoints).or_raise()
+        found = newest_complete(self.checkpoints, ignore=(BEST,)).or_raise()
         for skipped in found.skipped:
             logger.warning("skipped a damaged checkpoint: %s", skipped.reason)
             if found.path is not None:
@@ -111,7 +113,7 @@ def find_checkpoint(path: str, *, key: str = "training.resume.checkpoint_path") 
         verify(given)
         return given
     folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-    newest = newest_complete(folder).or_raise().path
+    newest = newest_complete(folder, ignore=(BEST,)).or_raise().path
     if newest is None:
         raise UserError(f"{key}: holds no checkpoint", path, exit_code=ExitCode.BAD_DATA)
     return newest

@@ -20,10 +20,11 @@ from wrinklefree.lightning.module import Progress, WrinkleFreeLightningModule
 from wrinklefree.optimizers.state import join_state
 from wrinklefree.training.checkpoint import Part, TrainState, read_train_state
 from wrinklefree.training.data import PreparedData
+from wrinklefree.training.ending import why_over
 from wrinklefree.training.metrics import MetricsWriter
 from wrinklefree.training.ranks import Ranks
 from wrinklefree.training.resuming import require_same_data, require_same_run
-from wrinklefree.training.run_directory import FINAL, RunDirectory, find_checkpoint
+from wrinklefree.training.run_directory import BEST, FINAL, RunDirectory, find_checkpoint, step_of
 
 VARIABLE = "RESUME_CHECKPOINT"
 PREDECESSORS = {
@@ -33,6 +34,8 @@ PREDECESSORS = {
     Stage.lrc: (Stage.stage3, Stage.stage2, Stage.stage1_9, Stage.stage1),
 }
 """Whose model a stage takes, the nearest first. The others start from the pretrained model."""
+OF_DIRECTORY = ("best", "early_stopping")
+"""Parts of a checkpoint that say something of its own run directory."""
 
 
 class Origin(StrEnum):
@@ -63,11 +66,14 @@ class StartingPoint:
         """Whether the configured model gets the weights, instead of the one that was saved."""
         return self.origin is Origin.named and not config.training.resume.strict_model_load
 
-    def is_complete(self, config: RunConfig, directory: RunDirectory) -> bool:
-        """Nothing is left to do: not a step, and not the final checkpoint, which a kill may have cost."""
+    def why_complete(self, config: RunConfig, directory: RunDirectory) -> str | None:
+        """Why nothing is left to do: not a step, and not the final checkpoint, which a kill may have cost."""
         wants_final = config.training.checkpoint.save_at_end
-        has_final = (directory.checkpoints / FINAL / "manifest.json").is_file()
-        return self.is_own and self.state.step >= config.max_steps and (has_final or not wants_final)
+        final = directory.checkpoints / FINAL
+        has_final = (final / "manifest.json").is_file() and step_of(final) == self.state.step
+        if not self.is_own or (wants_final and not has_final):
+            return None
+        return why_over(config, self.state.parts)
 
     def require_same_data(self, data: PreparedData, config: RunConfig) -> None:
         """The shards that a run goes on with are those that it read before."""
@@ -89,14 +95,17 @@ class StartingPoint:
             join_state(module.optimizer, self.state.tensors, self.state.optimizer, with_options=False)
         configured = dict(module.progress.ramp_steps)
         if self.is_own or wanted.load_training_state:
-            for name, part in parts.items():
-                if name in self.state.parts:
-                    part.load_state_dict(self.state.parts[name])
+            # Which step was the best is known of this directory only.
+            known = (
+                parts if self.is_own else {name: parts[name] for name in parts if name not in OF_DIRECTORY}
+            )
+            self.state.restore(known)
         if not self.is_own:
             # The schedules' first step, seen from the step that this run is at now.
             steps_behind = saved.step - saved.schedule_start if wanted.load_scheduler_state else 0
             module.progress.schedule_start = module.progress.step - steps_behind
-            module.progress.ramp_steps = saved.ramp_steps if wanted.load_scheduler_state else configured
+            ramp_steps = configured | saved.ramp_steps if wanted.load_scheduler_state else configured
+            module.progress.ramp_steps = ramp_steps
 
     def announce(self, step: int, writer: MetricsWriter) -> None:
         event = {"event": "resumed", "step": step, "from": str(self.checkpoint), "origin": self.origin.value}
@@ -156,7 +165,7 @@ def _nearest_stage(config: RunConfig, directory: RunDirectory) -> Path | None:
     """The newest checkpoint of the nearest earlier stage that has one; says which, or that there is none."""
     stages = PREDECESSORS.get(config.training.stage, ())
     for stage in stages:
-        path = newest_complete(directory.of_stage(stage).checkpoints).or_raise().path
+        path = newest_complete(directory.of_stage(stage).checkpoints, ignore=(BEST,)).or_raise().path
         if path is not None:
             print(f"{config.training.stage.value} follows {stage.value}: {path}", flush=True)
             return path
@@ -174,7 +183,11 @@ def identity(config: RunConfig, ranks: Ranks, data: PreparedData) -> dict[str, A
     return {"keys": to_dict(config), "sizes": _sizes(config, ranks), "data": data.fingerprints()}
 
 
-def _sizes(config: RunConfig, ranks: Ranks) -> dict[str, int]:
+def samples_per_step(config: RunConfig, ranks: Ranks) -> int:
+    """Of all ranks."""
     training = config.training
-    per_rank = training.batch_size * training.gradient_accumulation_steps
-    return {"max_steps": config.max_steps, "samples_per_step": per_rank * ranks.world_size}
+    return training.batch_size * training.gradient_accumulation_steps * ranks.world_size
+
+
+def _sizes(config: RunConfig, ranks: Ranks) -> dict[str, int]:
+    return {"max_steps": config.max_steps, "samples_per_step": samples_per_step(config, ranks)}

@@ -57,5 +57,7 @@ class MetricsCallback(pl.Callback):
                 "tokens": pl_module.progress.num_tokens,
                 "tokens_per_second": report.num_tokens / seconds,
                 "skipped": not report.is_finite,
+                **self.ramps.numbers(),
+                **report.numbers,
             },
         )

@@ -1,4 +1,4 @@
-"""Checkpoints at optimizer-step boundaries: every so many steps, when asked to stop, and at the end."""
+"""Checkpoints at optimizer-step boundaries: every so many steps, and whenever the run stops."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ class CheckpointCallback(pl.Callback):
         assert isinstance(pl_module, WrinkleFreeLightningModule)
         report = pl_module.report
         assert report is not None
-        if report.step % self.interval == 0 or report.stop:
+        if report.step % self.interval == 0 or report.stop or trainer.should_stop:
             self.save(trainer, report.step)
         if report.stop:
             trainer.should_stop = True

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import pytorch_lightning as pl
 
-from bitnet_arch import set_quant_amount, set_subln_amount
 from data_handler.probes import Probe
 from wrinklefree.config.schema import ValidationConfig
 from wrinklefree.lightning.callbacks.ramps import RampCallback
@@ -35,11 +34,19 @@ class ValidationCallback(pl.Callback):
         self.ramps = ramps
         self.block_size = block_size
         self.writer = writer
+        self.latest: tuple[int, float] | None = None
+        """Step and mean loss at λ = μ = 1 of the last validation in this life, equal on all ranks."""
+
+    def loss_of(self, step: int) -> float | None:
+        """Of this step's validation; none when there was none."""
+        return self.latest[1] if self.latest is not None and self.latest[0] == step else None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, WrinkleFreeLightningModule)
         if pl_module.progress.step == 0:
-            self.validate(pl_module, {"full precision": (0.0, 0.0), "at 1": (1.0, 1.0)})
+            self.validate(
+                pl_module, {"full precision": self.ramps.everywhere(0), "at 1": self.ramps.everywhere(1)}
+            )
 
     def on_train_batch_end(
         self,
@@ -53,20 +60,23 @@ class ValidationCallback(pl.Callback):
         step = pl_module.progress.step
         due = self.config.every is not None and step % self.config.every == 0
         if due or step == pl_module.max_steps:
-            now = (self.ramps.amounts["lambda"], self.ramps.amounts["mu"])
-            self.validate(pl_module, {"now": now, "at 1": (1.0, 1.0)})
+            now = self.ramps.amounts
+            means = self.validate(pl_module, {"now": now, "at 1": self.ramps.everywhere(1)})
+            if means:
+                # Decisions hang on it, and ranks on different machines may differ in the last bits.
+                self.latest = step, trainer.strategy.broadcast(means["at 1"])
 
-    def validate(self, module: WrinkleFreeLightningModule, dials: Mapping[str, tuple[float, float]]) -> None:
-        """Measure at each setting of (λ, μ), write a row, and put the dials back."""
+    def validate(
+        self, module: WrinkleFreeLightningModule, dials: Mapping[str, Mapping[str, float]]
+    ) -> dict[str, float]:
+        """Mean loss at each setting of the dials: measure, write a row, put the dials back."""
         if not self.probes or self.config.num_batches == 0:
-            return
-        before = (self.ramps.amounts["lambda"], self.ramps.amounts["mu"])
+            return {}
         was_training = module.model.training
         module.model.eval()
         losses: dict[str, dict[str, float]] = {}
-        for name, (quant, subln) in dials.items():
-            set_quant_amount(module.model, quant)
-            set_subln_amount(module.model, subln)
+        for name, amounts in dials.items():
+            self.ramps.set(module.model, amounts)
             losses[name] = held_out_losses(
                 module.model,
                 self.probes,
@@ -75,18 +85,18 @@ class ValidationCallback(pl.Callback):
                 num_batches=self.config.num_batches,
                 device=module.device,
             )
-        if before[0] >= 0:
-            set_quant_amount(module.model, before[0])
-            set_subln_amount(module.model, before[1])
+        if self.ramps.amounts["lambda"] >= 0:
+            self.ramps.set(module.model, self.ramps.amounts)
         module.model.train(was_training)
+        means = {name: sum(each.values()) / len(each) for name, each in losses.items() if each}
         if self.writer is not None:
             row = {"step": module.progress.step, "losses": losses}
             self.writer.write("val", row)
-            mean = {name: sum(each.values()) / len(each) for name, each in losses.items()}
             text = "  ".join(
-                f"{name} {value:.4f} (ppl {_perplexity(value):.4g})" for name, value in mean.items()
+                f"{name} {value:.4f} (ppl {_perplexity(value):.4g})" for name, value in means.items()
             )
             print(f"validation at step {module.progress.step}: {text}", flush=True)
+        return means
 
 
 def _perplexity(loss: float) -> float:
