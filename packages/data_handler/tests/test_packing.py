@@ -20,7 +20,7 @@ def prepare(directory: Path, parts: list[list[list[int]]], *, loss: bool = False
     for index, part in enumerate(parts):
         documents = [np.array(document, np.int64) for document in part]
         marks = [document % 2 for document in documents] if loss else None
-        written.append(write_part(directory, index, documents, dtype, marks))
+        written.append(write_part(directory, index, documents, dtype, marks, eos_token_id=0))
     header = ShardHeader(
         vocab_size=512,
         eos_token_id=0,
@@ -40,11 +40,18 @@ def prepare(directory: Path, parts: list[list[list[int]]], *, loss: bool = False
     st.lists(st.lists(st.lists(st.integers(0, 511), max_size=9), max_size=5), min_size=1, max_size=4),
     st.integers(1, 7),
     st.booleans(),
+    st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_blocks_restart_positions_and_labels_at_every_document(
-    tmp_path_factory: pytest.TempPathFactory, parts: list[list[list[int]]], block_size: int, loss: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    parts: list[list[list[int]]],
+    block_size: int,
+    loss: bool,
+    ended: bool,
 ) -> None:
+    if ended:  # as `prepare` writes them: with an end-of-text token, which is then looked for
+        parts = [[[*(token or 1 for token in document), 0] for document in part] for part in parts]
     shards = prepare(tmp_path_factory.mktemp("shards"), parts, loss=loss)
     num_blocks = shards.num_tokens // block_size
     rows = np.arange(num_blocks)[::-1].copy()
@@ -89,6 +96,24 @@ def test_samples_of_several_sources_keep_their_rows(tmp_path: Path) -> None:
     assert batch.input_ids.tolist() == [[104, 105, 106], [3, 4, 5], [101, 102, 103], [1, 2, 3]]
     assert batch.labels.tolist() == [[-100, 105, 106], [-100, -100, 5], [-100, 102, 103], [-100, -100, 3]]
     assert seen == [0, 2]
+
+
+def test_documents_that_end_with_a_token_mix_with_those_that_hold_it_anywhere(tmp_path: Path) -> None:
+    ended = prepare(tmp_path / "ended", [[[1, 0], [2, 3, 0]], [[4, 5, 6, 0]]])
+    anywhere = prepare(tmp_path / "anywhere", [[[7, 0, 8], [9, 0, 0]]])
+    assert [part.ends_with_eos for part in (*ended.header.parts, *anywhere.header.parts)] == [1, 1, 0]
+
+    batch = pack_blocks(
+        {0: ended, 1: anywhere},
+        source_id=np.array([1, 0, 0]),
+        starts=np.array([1, 5, 0]),
+        sample_id=np.arange(3),
+        block_size=4,
+    )
+
+    assert batch.input_ids.tolist() == [[0, 8, 9, 0], [4, 5, 6, 0], [1, 0, 2, 3]]
+    assert batch.document_ids.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1], [0, 1, 2, 3], [0, 1, 0, 1]]
 
 
 @pytest.mark.parametrize("block_size", [256, 257, 65_536, 65_537])

@@ -162,7 +162,9 @@ def processes_with(marker: str) -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find the processes")
-@pytest.mark.parametrize("end", ["a worker is killed", "interrupt", "the parent is killed"])
+@pytest.mark.parametrize(
+    "end", ["a worker is killed", "a worker is stopped", "interrupt", "the parent is killed"]
+)
 def test_no_process_and_no_half_piece_is_left(tmp_path: Path, end: str) -> None:
     texts = TEXTS * 60
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
@@ -178,6 +180,8 @@ def test_no_process_and_no_half_piece_is_left(tmp_path: Path, end: str) -> None:
 
     if end == "a worker is killed":
         os.kill(min(workers), signal.SIGKILL)
+    elif end == "a worker is stopped":
+        os.kill(min(workers), signal.SIGSTOP)
     else:
         process.send_signal(signal.SIGINT if end == "interrupt" else signal.SIGKILL)
     _, error = process.communicate(timeout=60)
@@ -185,9 +189,10 @@ def test_no_process_and_no_half_piece_is_left(tmp_path: Path, end: str) -> None:
     while processes_with(marker) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not processes_with(marker)
-    if end == "a worker is killed":
+    if end.startswith("a worker"):
         assert process.returncode == 4
-        assert "killed by SIGKILL" in error.decode().splitlines()[-1]
+        how = "killed by SIGKILL" if "killed" in end else "is stopped (found it was sent SIGSTOP)"
+        assert how in error.decode().splitlines()[-1]
         assert "Traceback" not in error.decode()
     assert list(out.glob(".prepare-s/*/piece-*"))
     assert all((piece / "manifest.json").is_file() for piece in out.glob(".prepare-s/*/piece-*"))

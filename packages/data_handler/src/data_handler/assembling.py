@@ -53,9 +53,7 @@ def assemble(
             licence=source.licence,
             domain=source.domain,
             split=source.split,
-            parts=tuple(
-                _copy_parts(staging, ready, whole, seen_before, source, token_dtype(encoder.vocab_size))
-            ),
+            parts=tuple(_copy_parts(staging, ready, whole, seen_before, source, encoder)),
         )
         if sum(part.num_documents for part in header.parts) == 0:
             raise empty_source(name, source.path)
@@ -94,7 +92,7 @@ def _copy_parts(
     whole: Path,
     seen_before: NDArray[np.bool_],
     source: SourceConfig,
-    dtype: np.dtype[Any],
+    encoder: TextEncoder,
 ) -> Iterator[PartSummary]:
     first, num_tokens = 0, 0
     for index, metadata in enumerate(ready):
@@ -103,36 +101,48 @@ def _copy_parts(
         count = int(metadata["num_documents"])
         dropped = seen_before[first : first + count] & source.drop_duplicates
         first += count
-        parts = part_paths(piece_dir(staging, index), 0)
-        part = _copy_part(parts, whole, index, ~dropped, source.max_tokens, num_tokens, dtype)
+        wanted = ~dropped
+        paths = part_paths(piece_dir(staging, index), 0)
+        offsets = np.fromfile(paths[1], dtype="<u8").astype(np.int64)
+        if source.max_tokens is not None:
+            lengths = np.diff(offsets) * wanted
+            wanted &= num_tokens + np.cumsum(lengths) - lengths < source.max_tokens
+        if wanted.all():
+            part = _whole_part(paths, whole, index, metadata, num_tokens=int(offsets[-1]))
+        else:
+            part = _part_of(paths, whole, index, offsets, np.flatnonzero(wanted).tolist(), encoder)
         num_tokens += part.num_tokens
         yield part
 
 
-def _copy_part(
+def _whole_part(
+    paths: tuple[Path, Path, Path], whole: Path, index: int, metadata: dict[str, Any], *, num_tokens: int
+) -> PartSummary:
+    """A piece as it is."""
+    for path, target in zip(paths, part_paths(whole, index), strict=True):
+        if path.is_file():
+            _link_or_copy(path, target)
+    return PartSummary(
+        num_tokens=num_tokens,
+        num_documents=int(metadata["num_documents"]),
+        has_loss=paths[2].is_file(),
+        ends_with_eos=bool(metadata.get("ends_with_eos", False)),
+    )
+
+
+def _part_of(
     paths: tuple[Path, Path, Path],
     whole: Path,
     index: int,
-    wanted: NDArray[np.bool_],
-    max_tokens: int | None,
-    num_before: int,
-    dtype: np.dtype[Any],
+    offsets: NDArray[np.int64],
+    kept: list[int],
+    encoder: TextEncoder,
 ) -> PartSummary:
-    """One piece as a part, without the documents that are not `wanted` or beyond the budget."""
-    offsets = np.fromfile(paths[1], dtype="<u8").astype(np.int64)
-    lengths = np.diff(offsets)
-    if max_tokens is not None:
-        before = num_before + np.cumsum(lengths * wanted) - lengths * wanted
-        wanted = wanted & (before < max_tokens)
-    has_loss = paths[2].is_file()
-    if wanted.all():
-        for path, target in zip(paths, part_paths(whole, index), strict=True):
-            if path.is_file():
-                _link_or_copy(path, target)
-        return PartSummary(num_tokens=int(offsets[-1]), num_documents=len(lengths), has_loss=has_loss)
-    kept = np.flatnonzero(wanted).tolist()
-    masks = _slices(paths[2], offsets, kept, np.dtype(np.uint8)) if has_loss else None
-    return write_part(whole, index, _slices(paths[0], offsets, kept, dtype), dtype, masks)
+    """A piece without the documents that are not wanted, or beyond the budget."""
+    dtype = token_dtype(encoder.vocab_size)
+    masks = _slices(paths[2], offsets, kept, np.dtype(np.uint8)) if paths[2].is_file() else None
+    documents = _slices(paths[0], offsets, kept, dtype)
+    return write_part(whole, index, documents, dtype, masks, eos_token_id=encoder.eos_token_id)
 
 
 def _link_or_copy(path: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data_handler.shards import Shards
 from data_handler.types import IGNORED_LABEL, Batch
@@ -82,18 +83,25 @@ def read_blocks(
         memory = token_memory([sources[source] for source in wanted], num_blocks, block_size)
     tokens = memory[:num_blocks]
     loss = np.ones(tokens.shape, np.uint8) if any(sources[source].has_loss for source in wanted) else None
-    borders = [row_starts]
+    is_begin = np.zeros(tokens.shape, np.bool_)
+    is_begin[:, 0] = True
     for source, rows in wanted.items():
         if reading is not None:
             reading(source)
-        borders.append(sources[source].read_blocks(starts[rows], rows, tokens, loss))
+        borders = sources[source].read_blocks(starts[rows], rows, tokens, loss)
+        if borders is not None:
+            is_begin.reshape(-1)[borders] = True
+        elif len(wanted) == 1:
+            np.equal(tokens[:, :-1], sources[source].header.eos_token_id, out=is_begin[:, 1:])
+        else:
+            is_begin[rows, 1:] = tokens[rows, :-1] == sources[source].header.eos_token_id
     if wanted and int(tokens.max()) >= min(sources[source].header.vocab_size for source in wanted):
         for source, rows in wanted.items():
             sources[source].require_known(starts[rows], rows, tokens)
-    begins = np.sort(np.concatenate(borders))
-    begins = begins[np.diff(begins, prepend=-1) > 0]
+    begins = np.flatnonzero(is_begin)
     bounds = np.append(np.searchsorted(begins, row_starts), len(begins))
-    row, columns = np.divmod(begins, block_size)
+    row = np.repeat(np.arange(num_blocks), np.diff(bounds))
+    columns = begins - row_starts[row]
     smallest = np.min_scalar_type(block_size)
     return ReadBlocks(
         tokens,
@@ -128,19 +136,11 @@ def pack_blocks(
         out = np.empty((4, len(source_id), block_size), np.int64)
     blocks = read_blocks(sources, source_id=source_id, starts=starts, block_size=block_size, reading=reading)
     blocks.write(slice(0, len(source_id)), out)
-    return batch_of(out, source_id.copy(), sample_id.copy())
+    own = (torch.from_numpy(each.copy()) for each in (source_id, sample_id))
+    return batch_of(torch.from_numpy(out), *own)
 
 
-def batch_of(
-    per_token: NDArray[np.int64], source_id: NDArray[np.int64], sample_id: NDArray[np.int64]
-) -> Batch:
+def batch_of(per_token: Tensor, source_id: Tensor, sample_id: Tensor) -> Batch:
     """A batch of what `ReadBlocks.write` filled; it lies in the same memory."""
-    input_ids, labels, position_ids, document_ids = map(torch.from_numpy, per_token)
-    return Batch(
-        input_ids,
-        labels,
-        position_ids,
-        document_ids,
-        source_id=torch.from_numpy(source_id),
-        sample_id=torch.from_numpy(sample_id),
-    )
+    input_ids, labels, position_ids, document_ids = per_token.unbind()
+    return Batch(input_ids, labels, position_ids, document_ids, source_id, sample_id)

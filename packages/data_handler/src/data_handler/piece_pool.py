@@ -10,13 +10,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
 from data_handler.encoder import TextEncoder
 from data_handler.piece_worker import Job, error_from_json
 from data_handler.progress import Advance
 from durable import ExitCode, UserError
+
+_SILENCE = 10.0
+"""Seconds without a word, after which the processes are looked at."""
 
 Answer: TypeAlias = dict[str, Any] | UserError
 """What the manifest of a piece says, or why there is none."""
@@ -73,7 +76,11 @@ class PiecePool:
             except UserError as error:
                 return index, error
         while True:
-            worker, said = self._heard.get()
+            try:
+                worker, said = self._heard.get(timeout=_SILENCE)
+            except Empty:
+                self._require_running()
+                continue
             if self._busy.get(worker.index) is not worker:  # the last words of one that was stopped
                 continue
             if said is None:
@@ -85,6 +92,12 @@ class PiecePool:
                 raise RuntimeError(f"A worker failed.\n\n{said['fault']}")
             self._idle.append(self._busy.pop(worker.index))
             return worker.index, error_from_json(said["error"]) if "error" in said else said["metadata"]
+
+    def _require_running(self) -> None:
+        """Silence may be a slow source; UserError (exit code 4) when a process is kept from going on."""
+        for worker in self._busy.values():
+            if worker.is_stopped:
+                raise worker.gone("is stopped", "it was sent SIGSTOP", "run it again, it goes on from there")
 
     def stop(self) -> None:
         """End the jobs under way: what they were to make is no longer wanted."""
@@ -125,17 +138,25 @@ class _Worker:
         assert self._process.stdin is not None
         self._process.stdin.close()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody stopped the process, and nobody let it go on."""
+        left_as_it_is = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self._process.pid, left_as_it_is) is not None
+
     def died(self) -> UserError:
         """The error for a process that ended by itself."""
         code = self._process.wait()
-        assert self.job is not None
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return UserError(
-            f"{self.job.name}: the process that was preparing {self.job.piece.address} ended",
-            how,
-            "run it again, it goes on from there; with fewer workers if memory ran out",
-            ExitCode.BAD_DATA,
+        return self.gone(
+            "ended", how, "run it again, it goes on from there; with fewer workers if memory ran out"
         )
+
+    def gone(self, what: str, how: str, fix: str) -> UserError:
+        """The error for a process that no answer will come from."""
+        assert self.job is not None
+        subject = f"{self.job.name}: the process that was preparing {self.job.piece.address}"
+        return UserError(f"{subject} {what}", how, fix, ExitCode.BAD_DATA)
 
     def _say(self, line: dict[str, Any]) -> None:
         assert self._process.stdin is not None

@@ -96,11 +96,13 @@ def prepare_piece(
             masks: list[NDArray[np.uint8]] | None = [] if source.answers_only else None
             tokens = _tokens(documents, encoder, digests, masks, source.max_tokens, shown)
             loss = None if masks is None else _drained(masks)
-            part = write_part(directory, 0, tokens, token_dtype(encoder.vocab_size), loss)
+            dtype, eos = token_dtype(encoder.vocab_size), encoder.eos_token_id
+            part = write_part(directory, 0, tokens, dtype, loss, eos_token_id=eos)
             (directory / "hashes.bin").write_bytes(digests)
             metadata |= {
                 "num_tokens": part.num_tokens,
                 "num_documents": part.num_documents,
+                "ends_with_eos": part.ends_with_eos,
                 "bad_lines": bad.found,
                 "num_bytes": piece.num_bytes,
             }

@@ -135,7 +135,8 @@ def _write_subset(source: Shards, chosen: NDArray[np.bool_], directory: Path, *,
         mine, again = tee(islice(documents, len(places)))
         tokens = (document for document, _ in mine)
         marks = (mark for _, mark in again if mark is not None) if source.has_loss else None
-        parts.append(write_part(directory, part, tokens, source.header.dtype, marks))
+        eos = source.header.eos_token_id
+        parts.append(write_part(directory, part, tokens, source.header.dtype, marks, eos_token_id=eos))
     header = replace(source.header, split=split, parts=tuple(parts))
     finish(directory, header)
     return header

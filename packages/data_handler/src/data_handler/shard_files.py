@@ -29,11 +29,17 @@ LARGEST_HEADER = 8 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartSummary:
-    """The size of one part."""
+    """The size of one part, and what is known of its documents."""
 
     num_tokens: int
     num_documents: int
     has_loss: bool = False
+    ends_with_eos: bool = False
+    """Every document ends with the end-of-text token, which stands nowhere else."""
+
+
+_SIZES = {"num_tokens", "num_documents", "has_loss"}
+"""What every header has said of a part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,10 +79,15 @@ def write_part(
     documents: Iterable[NDArray[Any]],
     dtype: np.dtype[Any],
     loss: Iterable[NDArray[Any]] | None = None,
+    *,
+    eos_token_id: int | None = None,
 ) -> PartSummary:
-    """Write `documents` one by one, and with `loss` which of their tokens are wanted."""
+    """Write `documents` one by one, and with `loss` which of their tokens are wanted.
+
+    With `eos_token_id` it is found out whether this token stands at their ends and nowhere else.
+    """
     tokens_path, offsets_path, loss_path = part_paths(directory, index)
-    offsets, largest = [0], np.iinfo(dtype).max
+    offsets, largest, ends_with_eos = [0], np.iinfo(dtype).max, eos_token_id is not None
     masks: Iterable[NDArray[Any] | None] = repeat(None) if loss is None else loss
     with tokens_path.open("wb") as tokens_file, loss_path.open("wb") as loss_file:
         for document, mask in zip(documents, masks, strict=loss is not None):
@@ -87,10 +98,21 @@ def write_part(
                 assert mask.shape == document.shape, "one mark per token"
                 loss_file.write(np.ascontiguousarray(mask != 0, dtype=np.uint8).data)
             offsets.append(offsets[-1] + len(document))
+            ends_with_eos = ends_with_eos and _ends_with(document, eos_token_id)
     np.array(offsets, dtype="<u8").tofile(offsets_path)
     if loss is None:
         loss_path.unlink()
-    return PartSummary(num_tokens=offsets[-1], num_documents=len(offsets) - 1, has_loss=loss is not None)
+    return PartSummary(
+        num_tokens=offsets[-1],
+        num_documents=len(offsets) - 1,
+        has_loss=loss is not None,
+        ends_with_eos=ends_with_eos,
+    )
+
+
+def _ends_with(document: NDArray[Any], token: int | None) -> bool:
+    """Whether the token is the last one, and no other."""
+    return len(document) > 0 and np.flatnonzero(document == token).tolist() == [len(document) - 1]
 
 
 def finish(directory: Path, header: ShardHeader) -> None:
@@ -138,10 +160,11 @@ def _parse_header(path: Path, content: object) -> ShardHeader:
 
 
 def _parse_part(path: Path, index: int, part: object) -> PartSummary:
-    if isinstance(part, dict) and part.keys() == {field.name for field in fields(PartSummary)}:
+    if isinstance(part, dict) and _SIZES <= part.keys() <= {field.name for field in fields(PartSummary)}:
         summary = PartSummary(**part)
         sizes = (summary.num_tokens, summary.num_documents)
-        if all(type(size) is int and size >= 0 for size in sizes) and type(summary.has_loss) is bool:
+        flags = {type(summary.has_loss), type(summary.ends_with_eos)}
+        if all(type(size) is int and size >= 0 for size in sizes) and flags == {bool}:
             return summary
     raise bad_shard(path, f"has no sizes for part {index}", repr(part))
 

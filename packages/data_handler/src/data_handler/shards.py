@@ -74,6 +74,7 @@ class Shards:
         self._num_documents = np.array([part.num_documents for part in header.parts])
         self._first_document = _running_total(self._num_documents)
         self._has_loss = np.array([part.has_loss for part in header.parts])
+        self._ends_with_eos = all(part.ends_with_eos for part in header.parts)
         self._first_mark = _running_total(map(len, marks))
         self._marks = np.concatenate(
             [mark + first for mark, first in zip(marks, self._first_token[:-1], strict=True)]
@@ -153,19 +154,20 @@ class Shards:
         rows: NDArray[np.int64],
         tokens: NDArray[Any],
         loss: NDArray[np.uint8] | None = None,
-    ) -> NDArray[np.int64]:
+    ) -> NDArray[np.int64] | None:
         """Copy the blocks that begin at `starts` into `rows` of `tokens` [B, T], and their marks into `loss`.
 
-        Returns where documents begin in them, counted through `tokens`; empty ones, too. This is the inner
-        loop of training: nothing in it loops over blocks, documents or parts. Whether the vocabulary knows
-        the tokens is the caller's to ask, once for all sources.
+        Returns where documents begin in them, counted through `tokens`, empty ones, too; None when they begin
+        behind each end-of-text token and nowhere else. This is the inner loop of training: nothing in it
+        loops over blocks, documents or parts. Whether the vocabulary knows the tokens is the caller's to ask,
+        once for all sources.
         """
         length = tokens.shape[1]
         wanted = self._stretches(starts, length, rows * length)
         self._read_tokens(wanted, tokens)
         if loss is not None:
             self._read_loss(wanted, loss)
-        return self._read_borders(wanted)
+        return None if self._ends_with_eos else self._read_borders(wanted)
 
     def require_known(self, starts: NDArray[np.int64], rows: NDArray[np.int64], tokens: NDArray[Any]) -> None:
         """UserError (exit code 4) when blocks that `read_blocks` copied hold what is no token."""

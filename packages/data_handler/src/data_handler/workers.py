@@ -112,7 +112,8 @@ class WorkerPool:
         self._waiting.popleft()
         if failure is not None:
             raise failure
-        return batch_of(self._slots[worker, slot].numpy().copy(), request.source_id, request.sample_id)
+        per_token = self._slots[worker, slot].clone()
+        return batch_of(per_token, torch.from_numpy(request.source_id), torch.from_numpy(request.sample_id))
 
     def _await_answer(self, number: int, request: Request) -> None:
         ours = self._workers[number]
