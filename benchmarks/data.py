@@ -237,6 +237,16 @@ class Loading:
         )
         return iter(loader)
 
+    def bare(self, num_batches: int) -> Iterator[Any]:
+        """What the machine can do: ids of random blocks out of the map, as int64, and nothing else."""
+        (path,) = (self.prepared["ours"] / "text/train").glob("tokens-*.bin")
+        blocks = np.memmap(path, np.uint16, mode="r")
+        blocks = blocks[: len(blocks) // BLOCK_SIZE * BLOCK_SIZE].reshape(-1, BLOCK_SIZE)
+        order = np.random.default_rng(0)
+        for _ in range(num_batches):
+            rows = order.integers(len(blocks), size=BATCH_SIZE)
+            yield torch.from_numpy(blocks[rows].astype(np.int64))
+
     def litdata(self, num_batches: int) -> Iterator[Any]:
         import litdata
 
@@ -259,6 +269,7 @@ class Loading:
             "datasets, numpy": lambda num: self.datasets("numpy"),
             "datasets, torch": lambda num: self.datasets("torch"),
             "ours": self.ours,
+            "ids alone out of the map": self.bare,
         }
         return found | ({"litdata": self.litdata} if "litdata" in self.prepared else {})
 
@@ -333,7 +344,7 @@ def measure_loading(loading: Loading, num_tokens: int, repeats: int) -> dict[str
     results = {name: Result() for name in loading.variants}
     for repeat in range(repeats + 1):
         for name, make in loading.variants.items():
-            share = 1.0 if name == "ours" else 0.1
+            share = 1.0 if name in ("ours", "ids alone out of the map") else 0.1
             num_batches = max(2, int(num_tokens * share) // (BATCH_SIZE * BLOCK_SIZE))
             before = cpu_seconds()
             found = read_batches(make, num_batches)

@@ -274,3 +274,11 @@ def test_settings_out_of_range_are_one_line_that_names_the_key() -> None:
         InfluenceConfig(damping=float("nan"))
     with pytest.raises(UserError, match="did you mean 'datainf'"):
         InfluenceConfig(method="datainv")  # type: ignore[arg-type]
+
+
+def test_names_lie_where_the_documents_say() -> None:
+    import data_handler
+    from data_handler import influence
+
+    for package in (data_handler, influence):
+        assert all(getattr(package, name).__name__ == name for name in package.__all__ if name != "Batch")

@@ -55,8 +55,10 @@ def tiny(family: str, vocab_size: int = 61) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-def test_logits_of_a_packed_batch_are_those_of_each_document_alone(family: str) -> None:
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_logits_of_a_packed_batch_are_those_of_each_document_alone(family: str, implementation: str) -> None:
     model = tiny(family)
+    model.set_attn_implementation(implementation)
     document_ids, position_ids = documents()
     input_ids = torch.randint(1, 61, document_ids.shape)
 

@@ -1,9 +1,9 @@
 """Attention that stays inside documents: what a packed batch needs to mean the same as its documents alone.
 
 transformers guesses packing from position ids only when there is no cache; an explicit mask always holds.
-`attention_mask` is what `model(input_ids, position_ids=…, attention_mask=…)` takes with SDPA attention: one
-boolean mask, or one for each kind of layer when some see a sliding window only. `flex_mask` is the same for
-FlexAttention, which skips the blocks that nobody sees.
+`attention_mask` is what `model(input_ids, position_ids=…, attention_mask=…)` takes with SDPA and with eager
+attention: one mask, or one for each kind of layer when some see a sliding window only. `flex_mask` is the
+same for FlexAttention, which skips the blocks that nobody sees.
 
 Shapes: B samples, T tokens; queries are rows, keys are columns.
 """
@@ -30,19 +30,36 @@ def document_mask(document_ids: Tensor, *, causal: bool = True, sliding_window: 
     return allowed
 
 
-def attention_mask(config: Any, document_ids: Tensor, *, causal: bool = True) -> Tensor | dict[str, Tensor]:
-    """The mask for a transformers model with this `config`; a dict by layer type where it has several."""
+def attention_mask(
+    config: Any, document_ids: Tensor, *, causal: bool = True, dtype: torch.dtype = torch.float32
+) -> Tensor | dict[str, Tensor]:
+    """The mask for a transformers model with this `config`; a dict by layer type where it has several.
+
+    Boolean, and for eager attention the numbers of type `dtype` that it adds to its scores.
+    """
+    is_added = getattr(config, "_attn_implementation", None) == "eager"
+
+    def mask(window: int | None) -> Tensor:
+        allowed = document_mask(document_ids, causal=causal, sliding_window=window)
+        return _added(allowed, dtype) if is_added else allowed
+
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     window = getattr(config, "sliding_window", None)
     if not kinds:
-        return document_mask(document_ids, causal=causal, sliding_window=window)
+        return mask(window)
     windows = {"full_attention": None, "sliding_attention": window}
     foreign = [kind for kind in kinds if kind not in windows]
     if foreign:
         raise ValueError(
             f"Cannot mask documents in layers of type {foreign[0]!r}; {' and '.join(windows)} are known."
         )
-    return {kind: document_mask(document_ids, causal=causal, sliding_window=windows[kind]) for kind in kinds}
+    return {kind: mask(windows[kind]) for kind in kinds}
+
+
+def _added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What eager attention adds. A boolean mask would be added as 0 and 1: it hides nothing."""
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return zeros.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def flex_mask(document_ids: Tensor, *, causal: bool = True, sliding_window: int | None = None) -> Any:

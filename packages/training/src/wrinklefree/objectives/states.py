@@ -7,10 +7,8 @@ Shapes: B samples, T tokens, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionMaskInterface
 
@@ -94,17 +92,4 @@ def packed_mask(model: nn.Module, document_ids: Tensor) -> Tensor | dict[str, Te
             found=implementation,
             fix="set sdpa",
         )
-    mask: Tensor | dict[str, Tensor] = attention_mask(config, document_ids)
-    if implementation != "eager":
-        return mask
-    if isinstance(mask, dict):
-        return {kind: _additive(part, model) for kind, part in mask.items()}
-    return _additive(mask, model)
-
-
-def _additive(allowed: Tensor, model: nn.Module) -> Tensor:
-    """What eager attention adds to its scores. A boolean mask would be added as 0 and 1: it hides nothing."""
-    dtype: torch.dtype = next(model.parameters()).dtype
-    zeros: Any = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    hidden: Tensor = zeros.masked_fill_(~allowed, torch.finfo(dtype).min)
-    return hidden
+    return attention_mask(config, document_ids, dtype=next(model.parameters()).dtype)
