@@ -240,8 +240,8 @@ class Loading:
     def bare(self, num_batches: int) -> Iterator[Any]:
         """What the machine can do: ids of random blocks out of the map, as int64, and nothing else."""
         (path,) = (self.prepared["ours"] / "text/train").glob("tokens-*.bin")
-        blocks = np.memmap(path, np.uint16, mode="r")
-        blocks = blocks[: len(blocks) // BLOCK_SIZE * BLOCK_SIZE].reshape(-1, BLOCK_SIZE)
+        tokens = np.memmap(path, np.uint16, mode="r")
+        blocks = tokens[: len(tokens) // BLOCK_SIZE * BLOCK_SIZE].reshape(-1, BLOCK_SIZE)
         order = np.random.default_rng(0)
         for _ in range(num_batches):
             rows = order.integers(len(blocks), size=BATCH_SIZE)
