@@ -145,3 +145,32 @@ def test_a_preset_whose_objective_is_not_there_is_valid_and_cannot_run(
     assert ended.err.count("\n") == 1
     assert f"objectives.{missing}: objective {missing} is not available yet" in ended.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("gpu", group_options("gpu"))
+@pytest.mark.parametrize("model", ["smollm2_135m", "qwen3_4b"])
+@pytest.mark.parametrize("stage", ["stage1_9_layerwise", "stage2_pretrain"])
+def test_a_gpu_profile_makes_steps_of_64_blocks(gpu: str, model: str, stage: str) -> None:
+    training = load_config([f"gpu={gpu}", f"model={model}", f"training={stage}"]).training
+
+    assert training.batch_size * training.gradient_accumulation_steps == 64
+
+
+def test_a_gpu_profile_gives_the_batch_of_model_and_stage_unless_somebody_wrote_one() -> None:
+    def sizes(*overrides: str) -> tuple[int, int]:
+        training = load_config(["+gpu=a100_80gb", *overrides]).training
+        return training.batch_size, training.gradient_accumulation_steps
+
+    stage2, tiny = ["model=qwen3_4b", "training=stage2_pretrain"], "model=tiny_llama"
+    assert sizes(*stage2) == (16, 4)  # the earlier system's table
+    assert sizes("model=qwen3_4b", "training=stage1_9_layerwise") == (8, 8)
+    assert sizes(*stage2, "training.batch_size=2") == (2, 32)
+    assert sizes(*stage2, "training.gradient_accumulation_steps=3") == (16, 3)
+    with pytest.raises(UserError, match=r"a100_80gb has no batch for this model .*found tiny_llama\)"):
+        sizes(tiny)
+    assert sizes(tiny, "training.batch_size=4", "training.gradient_accumulation_steps=1") == (4, 1)
+
+
+def test_a_number_for_gradient_clipping_is_the_fixed_norm() -> None:
+    assert load_config(["training.gradient_clipping=0.5"]).training.gradient_clipping.max_norm == 0.5
+    assert load_config(["resume.checkpoint_path=x"]).training.resume.checkpoint_path == "x"

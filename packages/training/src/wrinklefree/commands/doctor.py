@@ -12,6 +12,7 @@ import torch
 
 from bitnet_arch.gemm import describe_route
 from wrinklefree.terminal import megabytes, table
+from wrinklefree.training.compiling import cpp_compiler
 
 PACKAGES = (
     "wrinklefree",
@@ -102,9 +103,7 @@ def _gpu() -> dict[str, str]:
 
 
 def _compiler() -> str:
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    return found or (
+    return cpp_compiler() or (
         "none: torch.compile cannot run, and transformers compiles its BitNet quantisers at first call; "
         "set TORCHDYNAMO_DISABLE=1 there"
     )

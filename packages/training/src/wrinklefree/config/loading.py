@@ -22,21 +22,27 @@ from omegaconf.errors import OmegaConfBaseException
 
 from durable import UserError
 from wrinklefree.config.describe import accepted
+from wrinklefree.config.gpu import fit_to_gpu
 from wrinklefree.config.schema import RunConfig
 from wrinklefree.objectives.factory import checked_objectives
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
 OPEN_KEY = "training.objectives."
 """Below it, each objective has keys of its own and checks them itself."""
-GROUPS = ("model", "training", "data", "distributed", "experiment")
+GROUPS = ("model", "training", "data", "distributed", "gpu", "experiment")
+OTHER_NAMES = {
+    "training.gradient_clipping": "training.gradient_clipping.max_norm",
+    "resume.checkpoint_path": "training.resume.checkpoint_path",
+}
+"""Keys that older command lines use, and ours."""
 
 
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     """The checked configuration of a run; UserError (exit code 2) for whatever is wrong with it."""
-    # Objectives are chosen by naming them: `training.objectives.logits_distill.weight=1` may add one.
-    overrides = [f"++{each}" if each.startswith(OPEN_KEY) else each for each in overrides]
+    overrides = [_in_our_words(each) for each in overrides]
     composed = _composed(overrides)
     try:
+        fit_to_gpu(composed, {each.lstrip("+").partition("=")[0] for each in overrides})
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise _bad_value(error, overrides) from None
@@ -47,6 +53,16 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     assert isinstance(config, RunConfig)
     checked_objectives(config.training.objectives)
     return config
+
+
+def _in_our_words(override: str) -> str:
+    key, sign, value = override.partition("=")
+    # Objectives are chosen by naming them: `training.objectives.logits_distill.weight=1` may add one.
+    if key.startswith(OPEN_KEY):
+        return f"++{override}"
+    if key.startswith("+") and key[1:] in GROUPS:
+        return override[1:]
+    return f"{OTHER_NAMES.get(key, key)}{sign}{value}"
 
 
 def to_yaml(config: RunConfig) -> str:

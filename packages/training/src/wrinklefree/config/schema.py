@@ -317,6 +317,13 @@ class LoggingConfig:
 
 
 @dataclass(kw_only=True)
+class TorchCompileConfig:
+    """Compiled decoder blocks: faster steps after a minute or more of compiling."""
+
+    enabled: bool = False
+
+
+@dataclass(kw_only=True)
 class TrainingConfig:
     """What a run does."""
 
@@ -333,6 +340,7 @@ class TrainingConfig:
     precision: Precision = Precision.fp32
     output_dir: str | None = None
     """The same as `output_dir` at the root, which it overrides."""
+    torch_compile: TorchCompileConfig = field(default_factory=TorchCompileConfig)
     auto_convert: AutoConvertConfig = field(default_factory=AutoConvertConfig)
     lambda_warmup: RampConfig = field(default_factory=RampConfig)
     """λ: how much of the quantised values is blended in."""
@@ -393,6 +401,7 @@ class Strategy(StrEnum):
 
     single = "single"
     ddp = "ddp"
+    fsdp = "fsdp"
 
 
 @dataclass(kw_only=True)
@@ -403,6 +412,19 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         require(self.timeout_seconds > 0, "distributed.timeout_seconds", self.timeout_seconds, "above 0")
+
+
+SEQUENCES_PER_STEP = 64
+"""Of an optimizer step, in every profile of a GPU."""
+
+
+@dataclass(kw_only=True)
+class GpuConfig:
+    """What fits on a GPU; `gpu=NAME` chooses micro-batch and accumulation for the model and the stage."""
+
+    name: str | None = None
+    micro_batches: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Model → `alone` or `with_teacher` → blocks of a micro-batch."""
 
 
 @dataclass(kw_only=True)
@@ -416,6 +438,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataRunConfig = field(default_factory=DataRunConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")

@@ -58,7 +58,15 @@ def joined_ranks(config: DistributedConfig) -> Iterator[Ranks]:
             f"WORLD_SIZE={world_size}, distributed.strategy={config.strategy}",
             "add distributed=ddp, or start it without torchrun",
         )
+    if world_size > 1 and config.strategy is Strategy.fsdp:
+        raise UserError(
+            "distributed: sharded training comes later",
+            f"WORLD_SIZE={world_size}, distributed.strategy={config.strategy}",
+            "use distributed=ddp",
+        )
     if world_size == 1:
+        if config.strategy is Strategy.fsdp:
+            print("distributed=fsdp_multi: there is one process, so nothing is sharded", flush=True)
         yield Ranks()
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -18,6 +18,7 @@ FREE = (
     "data.directory",
     "data.num_workers",
     "distributed",
+    "gpu",
     "training.output_dir",
     "training.max_steps",
     "training.total_tokens",

@@ -17,6 +17,7 @@ from data_handler.demo import TOKENIZER_DIR
 from durable import ExitCode, UserError
 from wrinklefree.config.schema import ModelConfig, RunConfig
 from wrinklefree.pretrained import Pretrained, load_pretrained
+from wrinklefree.training.compiling import compile_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ def build_models(
         teacher = teacher.float() if config.training.precision == "fp32" else teacher.bfloat16()
         teacher.eval().requires_grad_(False)
     check_length(student, config)
+    if config.training.torch_compile.enabled:
+        compile_blocks(student)
     return Models(student, teacher, tokenizer)
 
 

@@ -15,6 +15,7 @@ from data_handler.shards import Shards
 from durable import UserError
 from wrinklefree.config.schema import InfluenceRunConfig
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
+from wrinklefree.training.compiling import without_compiled_blocks
 from wrinklefree.training.data import PreparedData
 from wrinklefree.training.metrics import MetricsWriter
 
@@ -89,13 +90,14 @@ class InfluenceTrackerCallback(pl.Callback):
         was_training = self.model.training
         self.model.eval()
         try:
-            return score_sources(
-                self.model,
-                self._sources,
-                self._probes,
-                num_samples=self.config.num_samples,
-                block_size=self.loader.block_size,
-                config=InfluenceConfig(seed=self.seed),
-            )
+            with without_compiled_blocks(self.model):
+                return score_sources(
+                    self.model,
+                    self._sources,
+                    self._probes,
+                    num_samples=self.config.num_samples,
+                    block_size=self.loader.block_size,
+                    config=InfluenceConfig(seed=self.seed),
+                )
         finally:
             self.model.train(was_training)
