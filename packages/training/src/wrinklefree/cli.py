@@ -200,6 +200,20 @@ def runs_diff(one: Annotated[Path, typer.Argument()], other: Annotated[Path, typ
     diff(one, other)
 
 
+@runs_app.command("rm")
+def runs_rm(
+    run: Annotated[Path, typer.Argument(help="The directory of a run.")],
+    outputs: Annotated[Path, typer.Option(metavar="DIR", help="The output_dir that it must lie in.")] = Path(
+        "outputs"
+    ),
+    yes: Annotated[bool, typer.Option("--yes", help="Really remove it.")] = False,
+) -> None:
+    """Remove a run with all its checkpoints."""
+    from wrinklefree.commands.runs import remove
+
+    remove(run, outputs=outputs, yes=yes)
+
+
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
     """Say what this machine has and how it multiplies.

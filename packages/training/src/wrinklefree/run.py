@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from wrinklefree.config import RunConfig, to_yaml
+from wrinklefree.config import RunConfig
 from wrinklefree.lightning.callbacks.build import build_callbacks
 from wrinklefree.lightning.datamodule import WrinkleFreeDataModule
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
@@ -15,12 +15,13 @@ from wrinklefree.lightning.trainer import lightning_trainer
 from wrinklefree.objectives import create_objective_manager
 from wrinklefree.training.data import calibration_batches, open_loader, prepare_data
 from wrinklefree.training.ending import why_over
-from wrinklefree.training.metrics import MetricsWriter
 from wrinklefree.training.ranks import joined_ranks
+from wrinklefree.training.recording import recorded
 from wrinklefree.training.run_directory import FINAL, RunDirectory
 from wrinklefree.training.signals import StopFlag, watched_signals
 from wrinklefree.training.starting import identity, samples_per_step, starting_point
 from wrinklefree.training.student import build_models
+from wrinklefree.training.wandb_process import require_wandb
 
 logger = logging.getLogger(__name__)
 SIGNALLED = 143
@@ -40,6 +41,7 @@ def run(config: RunConfig) -> RunResult:
     """Train until the end or until somebody asks to stop; UserError for what a person can put right."""
     training, directory = config.training, RunDirectory.of(config)
     manager = create_objective_manager(training.objectives)
+    require_wandb(training.logging.wandb)
     with ExitStack() as closing:
         ranks = closing.enter_context(joined_ranks(config.distributed))
         if ranks.is_first:
@@ -67,11 +69,7 @@ def run(config: RunConfig) -> RunResult:
         )
         module = WrinkleFreeLightningModule.of(config, models, manager, stop_flag)
 
-        writer = None
-        if ranks.is_first:
-            (directory.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            writer = MetricsWriter(directory.metrics)
-            closing.callback(writer.close)
+        writer = closing.enter_context(recorded(config, directory, data)) if ranks.is_first else None
         callbacks = build_callbacks(
             config,
             directory,

@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -13,19 +12,8 @@ import torch
 from bitnet_arch.gemm import describe_route
 from wrinklefree.terminal import megabytes, table
 from wrinklefree.training.compiling import cpp_compiler
+from wrinklefree.versions import installed_versions
 
-PACKAGES = (
-    "wrinklefree",
-    "bitnet-arch",
-    "data-handler",
-    "bitnet-serving",
-    "wrinklefree-durable",
-    "torch",
-    "transformers",
-    "accelerate",
-    "safetensors",
-    "gguf",
-)
 INSTRUCTION_SETS = (
     "avx2",
     "avx512_f",
@@ -55,7 +43,7 @@ def doctor(*, as_json: bool) -> None:
 def examine() -> Report:
     """Everything worth knowing about this machine, by topic."""
     return {
-        "versions": {"python": platform.python_version(), **{name: _version_of(name) for name in PACKAGES}},
+        "versions": installed_versions(),
         "torch": _torch(),
         "cpu": _cpu(),
         "gpu": _gpu(),
@@ -63,13 +51,6 @@ def examine() -> Report:
         "space": _space(),
         "credentials": {"hugging face": _hugging_face_credential(), "weights & biases": _wandb_credential()},
     }
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _torch() -> dict[str, str]:

@@ -4,6 +4,7 @@ import logging
 import os
 
 from wrinklefree.config import load_config, to_yaml
+from wrinklefree.masking import MaskingFormatter
 
 
 def train(overrides: list[str], *, print_config: bool = False) -> int:
@@ -12,11 +13,17 @@ def train(overrides: list[str], *, print_config: bool = False) -> int:
     if print_config:
         print(to_yaml(config), end="")
         return 0
-    # One voice among several ranks.
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s")
-    for name in ("httpx", "fsspec", "datasets", "torch", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _log_to_stderr()
     from wrinklefree.run import run
 
     return run(config).exit_code
+
+
+def _log_to_stderr() -> None:
+    """One voice among several ranks, and no secret in it."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    handler = logging.StreamHandler()
+    handler.setFormatter(MaskingFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+    for name in ("httpx", "fsspec", "datasets", "torch", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -24,6 +24,7 @@ from durable import UserError
 from wrinklefree.config.describe import accepted
 from wrinklefree.config.gpu import fit_to_gpu
 from wrinklefree.config.schema import RunConfig
+from wrinklefree.masking import masked
 from wrinklefree.objectives.factory import checked_objectives
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
@@ -66,15 +67,15 @@ def _in_our_words(override: str) -> str:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration, defaults included."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole configuration, defaults included, secrets masked."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The whole configuration as json takes it."""
+    """The whole configuration as json takes it, to write down and to compare: secrets are masked."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return {str(key): masked(value, str(key)) for key, value in plain.items()}
 
 
 def group_options(group: str) -> list[str]:

@@ -302,13 +302,32 @@ class NonFiniteConfig:
 
 
 @dataclass(kw_only=True)
+class WandBConfig:
+    """Weights & Biases, which gets the rows of `metrics.jsonl`. Offline without a key or an answer."""
+
+    enabled: bool = False
+    project: str = "wrinklefree"
+    entity: str | None = None
+    name: str | None = None
+    """Of the run; none makes one of model, stage, optimizer, learning rate and batch."""
+    tags: list[str] = field(default_factory=list)
+    timeout_seconds: float = 10.0
+    """How long the end of a run waits for what is not sent yet."""
+
+    def __post_init__(self) -> None:
+        key = "training.logging.wandb.timeout_seconds"
+        require(0 < self.timeout_seconds < 3600, key, self.timeout_seconds, "above 0, below 3600")
+
+
+@dataclass(kw_only=True)
 class LoggingConfig:
-    """What is printed."""
+    """What is printed, and who else is told."""
 
     log_interval: int = 10
     """Optimizer steps between two printed lines; `metrics.jsonl` has every step."""
     ternary_interval: int | None = 100
     """Optimizer steps between two counts of zero and flipped codes; none does not count."""
+    wandb: WandBConfig = field(default_factory=WandBConfig)
 
     def __post_init__(self) -> None:
         interval = self.ternary_interval

@@ -2,10 +2,12 @@
 
 After a kill the last line may be torn, and steps after the checkpoint are written again: readers
 (`wrinklefree.runs.read_metrics`) take the last line of each step. `metrics.csv` holds the steps once more,
-for spreadsheets, and is written anew when a run ends.
+for spreadsheets, a column for each number: the first step of a life writes it anew up to there, so no step
+is in it twice.
 """
 
 import csv
+import io
 import json
 import math
 import os
@@ -13,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from durable import publish_file
 from wrinklefree.runs import METRICS_VERSION, read_metrics
 
-CSV_COLUMNS = ("step", "loss", "lambda", "mu", "lr", "grad_norm", "tokens", "tokens_per_second", "skipped")
+NOT_IN_CSV = ("kind", "version", "samples")
 
 
 class MetricsWriter:
@@ -24,29 +27,75 @@ class MetricsWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = _open_to_append(path)
+        self._csv = CsvTable(path)
 
     def write(self, kind: str, values: Mapping[str, Any]) -> None:
-        os.write(self._descriptor, _line(kind, values))
+        row = _row(kind, values)
+        os.write(self._descriptor, _line(row))
+        if kind == "step":
+            self._csv.add(row)
 
     def close(self) -> None:
         os.close(self._descriptor)
-        self._write_csv()
+        self._csv.close()
 
-    def _write_csv(self) -> None:
-        target = self.path.with_suffix(".csv")
-        temporary = target.with_suffix(f".csv.tmp-{os.getpid()}")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(read_metrics(self.path, kind="step"))
-        temporary.replace(target)
+
+class CsvTable:
+    """The steps of a `metrics.jsonl`; rewritten from there when a life begins or a column is new."""
+
+    def __init__(self, metrics: Path) -> None:
+        self.metrics = metrics
+        self.path = metrics.with_suffix(".csv")
+        self._columns: list[str] = []
+        self._descriptor: int | None = None
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """`row` stands in `metrics.jsonl` already."""
+        cells = flattened(row)
+        if self._descriptor is None or not cells.keys() <= set(self._columns):
+            self._rewrite(up_to=row["step"])
+        else:
+            os.write(self._descriptor, _lines(self._columns, [cells]).encode())
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _rewrite(self, up_to: int) -> None:
+        """Later steps are of an earlier life, which a resume throws away."""
+        self.close()
+        rows = [flattened(row) for row in read_metrics(self.metrics) if row["step"] <= up_to]
+        rows.sort(key=lambda cells: cells["step"])
+        self._columns = list(dict.fromkeys(name for cells in rows for name in cells))
+        header = {name: name for name in self._columns}
+        with publish_file(self.path, replace=True) as file:
+            file.write_text(_lines(self._columns, [header, *rows]), encoding="utf-8")
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+
+
+def flattened(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name → number: `{"losses": {"dlm": 1.5}}` is `{"losses.dlm": 1.5}`; no lists."""
+    cells: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            cells |= flattened(value, f"{prefix}{name}.")
+        elif prefix or name not in NOT_IN_CSV:
+            cells[f"{prefix}{name}"] = value
+    return cells
+
+
+def _lines(columns: list[str], rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, restval="").writerows(rows)
+    return text.getvalue()
 
 
 def append_row(path: Path, kind: str, values: Mapping[str, Any]) -> None:
     """One row for a file that is written to now and then."""
     descriptor = _open_to_append(path)
     try:
-        os.write(descriptor, _line(kind, values))
+        os.write(descriptor, _line(_row(kind, values)))
     finally:
         os.close(descriptor)
 
@@ -60,9 +109,13 @@ def _open_to_append(path: Path) -> int:
     return descriptor
 
 
-def _line(kind: str, values: Mapping[str, Any]) -> bytes:
-    row = {"kind": kind, "version": METRICS_VERSION, **values}
-    return (json.dumps(_plain(row), allow_nan=False, separators=(",", ":")) + "\n").encode()
+def _row(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = _plain({"kind": kind, "version": METRICS_VERSION, **values})
+    return row
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:
