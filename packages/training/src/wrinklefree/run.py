@@ -13,6 +13,7 @@ from wrinklefree.lightning.datamodule import WrinkleFreeDataModule
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
 from wrinklefree.lightning.trainer import lightning_trainer
 from wrinklefree.objectives import create_objective_manager
+from wrinklefree.training.batch_size import with_fitting_batch
 from wrinklefree.training.data import calibration_batches, open_loader, prepare_data
 from wrinklefree.training.ending import why_over
 from wrinklefree.training.ranks import joined_ranks
@@ -21,6 +22,7 @@ from wrinklefree.training.run_directory import FINAL, RunDirectory
 from wrinklefree.training.signals import StopFlag, watched_signals
 from wrinklefree.training.starting import identity, samples_per_step, starting_point
 from wrinklefree.training.student import build_models
+from wrinklefree.training.uploading import open_uploader
 from wrinklefree.training.wandb_process import require_wandb
 
 logger = logging.getLogger(__name__)
@@ -49,9 +51,16 @@ def run(config: RunConfig) -> RunResult:
         stop_flag = StopFlag()
         closing.enter_context(watched_signals(stop_flag))
 
+        uploader = open_uploader(config, directory) if ranks.is_first else None
+        if uploader is not None:
+            closing.callback(uploader.wait)
+            uploader.submit_missing(directory.checkpoints)
+
         start = starting_point(config, directory, ranks)
         if start is not None and (why := start.why_complete(config, directory)) is not None:
             logger.info("this run is complete after %s: %s", why, start.checkpoint)
+            if uploader is not None:
+                uploader.finish()
             return RunResult(directory.path, start.state.step, 0)
 
         data = ranks.first_then_all(lambda: prepare_data(config))
@@ -64,6 +73,8 @@ def run(config: RunConfig) -> RunResult:
             needs_teacher=manager.needs().teacher_logits,
             calibration=calibration_batches(config, data),
         )
+        config = with_fitting_batch(config, directory.path, models, manager, ranks)
+        training = config.training
         loader = closing.enter_context(
             open_loader(config, data, rank=ranks.rank, world_size=ranks.world_size)
         )
@@ -78,6 +89,7 @@ def run(config: RunConfig) -> RunResult:
             loader=loader,
             models=models,
             module=module,
+            uploader=uploader,
             writer=writer,
         )
         if start is not None:
@@ -102,4 +114,6 @@ def run(config: RunConfig) -> RunResult:
             callbacks.save(directory.checkpoints / FINAL)
             print(f"finished after {why}: {directory.checkpoints / FINAL}", flush=True)
         ranks.barrier()
+        if why is not None and uploader is not None:
+            uploader.finish()
         return RunResult(directory.path, step, 0 if why is not None else stop_flag.exit_code or SIGNALLED)

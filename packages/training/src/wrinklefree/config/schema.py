@@ -356,6 +356,8 @@ class TrainingConfig:
     """Blocks of a micro-batch, on each device."""
     gradient_accumulation_steps: int = 16
     """Micro-batches of an optimizer step, on each device."""
+    auto_batch_size: bool = False
+    """Take the largest micro-batch that fits, and as many of them as make the same samples of a step."""
     precision: Precision = Precision.fp32
     output_dir: str | None = None
     """The same as `output_dir` at the root, which it overrides."""
@@ -447,6 +449,24 @@ class GpuConfig:
 
 
 @dataclass(kw_only=True)
+class GcsConfig:
+    """Copies of all checkpoints in a bucket."""
+
+    enabled: bool = False
+    bucket: str | None = None
+    """A bucket of Google's, or the address of a folder that fsspec opens, such as `s3://…`."""
+    timeout_seconds: float = 3600.0
+    """How long the end of a run waits for copies that are under way."""
+
+    def __post_init__(self) -> None:
+        if self.enabled and not self.bucket:
+            raise UserError(
+                "gcs.bucket: is needed to copy checkpoints", fix="name one, or set gcs.enabled=false"
+            )
+        require(self.timeout_seconds > 0, "gcs.timeout_seconds", self.timeout_seconds, "above 0")
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -458,6 +478,7 @@ class RunConfig:
     data: DataRunConfig = field(default_factory=DataRunConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
+    gcs: GcsConfig = field(default_factory=GcsConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")

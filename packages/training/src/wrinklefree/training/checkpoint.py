@@ -10,7 +10,7 @@ gives a `state_dict` of what json holds. safetensors and json only; nothing is e
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +25,7 @@ from durable import ExitCode, UserError, publish
 from wrinklefree.lightning.module import Progress
 from wrinklefree.optimizers.state import split_state
 from wrinklefree.training.student import Models
+from wrinklefree.training.uploading import Uploader
 
 FORMAT_VERSION = 1
 STATE_JSON = "train_state.json"
@@ -82,6 +83,7 @@ class Saver:
     optimizer: torch.optim.Optimizer
     progress: Progress
     parts: Mapping[str, Part]
+    uploader: Uploader | None = None
 
     def __call__(self, target: Path) -> None:
         tensors, numbers = split_state(self.optimizer)
@@ -100,6 +102,13 @@ class Saver:
         write_checkpoint(
             target, self.models.student, state, tokenizer=self.models.tokenizer, stage=self.stage
         )
+        if self.uploader is not None:
+            self.uploader.submit(target)
+
+    @property
+    def waiting(self) -> Collection[Path]:
+        """Checkpoints that are not copied yet, and may not be removed."""
+        return self.uploader.pending if self.uploader is not None else ()
 
 
 def write_checkpoint(

@@ -8,7 +8,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +77,16 @@ class RunDirectory:
                 logger.warning("using the one before it: %s", found.path)
         return found.path
 
-    def forget_old(self, keep_last_n: int, *, newest: Path) -> None:
-        """Remove step checkpoints beyond the newest `keep_last_n`; only after the newest verified."""
+    def forget_old(self, keep_last_n: int, *, newest: Path, waiting: Collection[Path] = ()) -> None:
+        """Remove step checkpoints beyond the newest `keep_last_n` but for those that somebody waits for; only
+        after the newest verified.
+        """
         verify(newest)
         steps = sorted(path for path in self.checkpoints.glob("step_*") if path.name[5:].isdigit())
         older = [path for path in steps if path.name <= newest.name]
         for path in older[:-keep_last_n]:
-            shutil.rmtree(path)
+            if path not in waiting:
+                shutil.rmtree(path)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -32,6 +32,7 @@ from wrinklefree.training.data import PreparedData
 from wrinklefree.training.metrics import MetricsWriter
 from wrinklefree.training.run_directory import BEST, RunDirectory
 from wrinklefree.training.student import Models
+from wrinklefree.training.uploading import Uploader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,7 @@ def build_callbacks(
     loader: TrainingLoader,
     models: Models,
     module: WrinkleFreeLightningModule,
+    uploader: Uploader | None,
     writer: MetricsWriter | None,
 ) -> RunCallbacks:
     """Ranks without a writer have the same callbacks, since all must act alike, and write nothing.
@@ -85,6 +87,7 @@ def build_callbacks(
         optimizer=module.optimizer,
         progress=module.progress,
         parts=parts,
+        uploader=uploader,
     )
     saving = CheckpointCallback(
         directory,

@@ -1,20 +1,16 @@
 """Checkpoints at optimizer-step boundaries: every so many steps, and whenever the run stops."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytorch_lightning as pl
 
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
+from wrinklefree.training.checkpoint import Saver
 from wrinklefree.training.run_directory import RunDirectory
 
 
 class CheckpointCallback(pl.Callback):
-    """`save(target)` writes a checkpoint of the run as it is now; called on rank 0, the others wait."""
+    """Rank 0 writes, the others wait."""
 
-    def __init__(
-        self, directory: RunDirectory, save: Callable[[Path], None], *, interval: int, keep_last_n: int
-    ) -> None:
+    def __init__(self, directory: RunDirectory, save: Saver, *, interval: int, keep_last_n: int) -> None:
         self.directory = directory
         self.interval, self.keep_last_n = interval, keep_last_n
         self._save = save
@@ -48,6 +44,6 @@ class CheckpointCallback(pl.Callback):
         if trainer.is_global_zero:
             target = self.directory.checkpoint(step)
             self._save(target)
-            self.directory.forget_old(self.keep_last_n, newest=target)
+            self.directory.forget_old(self.keep_last_n, newest=target, waiting=self._save.waiting)
         self.saved_step = step
         trainer.strategy.barrier()
