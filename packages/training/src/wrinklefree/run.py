@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -12,7 +12,7 @@ from wrinklefree.lightning.callbacks.build import build_callbacks
 from wrinklefree.lightning.datamodule import WrinkleFreeDataModule
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
 from wrinklefree.lightning.trainer import lightning_trainer
-from wrinklefree.objectives import create_objective_manager
+from wrinklefree.objectives import create_curriculum_scheduler, create_objective_manager
 from wrinklefree.training.batch_size import with_fitting_batch
 from wrinklefree.training.data import calibration_batches, open_loader, prepare_data
 from wrinklefree.training.ending import why_over
@@ -42,7 +42,8 @@ class RunResult:
 def run(config: RunConfig) -> RunResult:
     """Train until the end or until somebody asks to stop; UserError for what a person can put right."""
     training, directory = config.training, RunDirectory.of(config)
-    manager = create_objective_manager(training.objectives)
+    curriculum = create_curriculum_scheduler(training.curriculum, config.max_steps)
+    manager = create_objective_manager(training.objectives, curriculum)
     require_wandb(training.logging.wandb)
     with ExitStack() as closing:
         ranks = closing.enter_context(joined_ranks(config.distributed))
@@ -70,7 +71,7 @@ def run(config: RunConfig) -> RunResult:
             config,
             checkpoint=start.checkpoint if start else None,
             takes_what_fits=start is not None and start.takes_what_fits(config),
-            needs_teacher=manager.needs().teacher_logits,
+            needs_teacher=manager.needs(manager.objectives).teacher_logits,
             calibration=calibration_batches(config, data),
         )
         config = with_fitting_batch(config, directory.path, models, manager, ranks)
@@ -79,11 +80,13 @@ def run(config: RunConfig) -> RunResult:
             open_loader(config, data, rank=ranks.rank, world_size=ranks.world_size)
         )
         module = WrinkleFreeLightningModule.of(config, models, manager, stop_flag)
+        models = replace(models, teacher=None)  # the module alone holds it, and may let it go
 
         writer = closing.enter_context(recorded(config, directory, data)) if ranks.is_first else None
         callbacks = build_callbacks(
             config,
             directory,
+            curriculum=curriculum,
             identity=identity(config, ranks, data),
             data=data,
             loader=loader,

@@ -25,7 +25,7 @@ from wrinklefree.config.describe import accepted
 from wrinklefree.config.gpu import fit_to_gpu
 from wrinklefree.config.schema import RunConfig
 from wrinklefree.masking import masked
-from wrinklefree.objectives.factory import checked_objectives
+from wrinklefree.objectives.factory import checked_objectives, create_curriculum_scheduler
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
 OPEN_KEY = "training.objectives."
@@ -52,7 +52,8 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     except UserError as error:
         raise _with_place(error, overrides) from None
     assert isinstance(config, RunConfig)
-    checked_objectives(config.training.objectives)
+    curriculum = create_curriculum_scheduler(config.training.curriculum, config.max_steps)
+    checked_objectives(config.training.objectives, curriculum)
     return config
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from bitnet_arch import Schedule, SubLNInit, SubLNPlacement
 from durable import UserError
+from wrinklefree.objectives.curriculum import CurriculumConfig
 from wrinklefree.optimizers.config import GradientClippingConfig, OptimizerConfig, SchedulerConfig
 
 
@@ -374,6 +375,7 @@ class TrainingConfig:
     objectives: dict[str, Any] = field(default_factory=lambda: {"continue_pretrain": {"weight": 1.0}})
     """Name → weight and options of each loss."""
     stage1: Stage1Config = field(default_factory=Stage1Config)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

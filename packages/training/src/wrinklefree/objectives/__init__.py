@@ -7,7 +7,12 @@ One file per objective; `vocabulary.py` keeps full-vocabulary logits out of memo
 
 from wrinklefree.objectives.base import LossSum, Needs, Objective, ObjectiveConfig
 from wrinklefree.objectives.continue_pretrain import ContinuePretrainConfig, ContinuePretrainObjective
-from wrinklefree.objectives.factory import create_objective, create_objective_manager
+from wrinklefree.objectives.curriculum import CurriculumPhase, CurriculumScheduler
+from wrinklefree.objectives.factory import (
+    create_curriculum_scheduler,
+    create_objective,
+    create_objective_manager,
+)
 from wrinklefree.objectives.logits_distill import (
     LogitsDistillationObjective,
     LogitsDistillConfig,
@@ -20,6 +25,8 @@ from wrinklefree.objectives.teacher import Teacher
 __all__ = [
     "ContinuePretrainConfig",
     "ContinuePretrainObjective",
+    "CurriculumPhase",
+    "CurriculumScheduler",
     "DecoderStates",
     "LogitsDistillConfig",
     "LogitsDistillationObjective",
@@ -32,6 +39,7 @@ __all__ = [
     "States",
     "Teacher",
     "check_vocabularies",
+    "create_curriculum_scheduler",
     "create_objective",
     "create_objective_manager",
     "decoder_states",

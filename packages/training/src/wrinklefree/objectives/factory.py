@@ -7,6 +7,7 @@ from typing import Any
 from durable import UserError
 from wrinklefree.objectives.base import Objective, ObjectiveConfig, check_common
 from wrinklefree.objectives.continue_pretrain import ContinuePretrainConfig, ContinuePretrainObjective
+from wrinklefree.objectives.curriculum import CurriculumConfig, CurriculumPhase, CurriculumScheduler
 from wrinklefree.objectives.logits_distill import LogitsDistillationObjective, LogitsDistillConfig
 from wrinklefree.objectives.manager import ObjectiveManager, require_a_weight
 
@@ -37,16 +38,26 @@ ALIASES = {"layerwise_distill": "layerwise"}
 COMMON = ("enabled", "weight")
 
 
-def create_objective_manager(specs: Mapping[str, Mapping[str, Any]]) -> ObjectiveManager:
-    """From {name: {weight, …}}; what is disabled or has weight 0 is left out."""
-    wanted = checked_objectives(specs)
+def create_objective_manager(
+    specs: Mapping[str, Mapping[str, Any]], curriculum: CurriculumScheduler | None = None
+) -> ObjectiveManager:
+    """From {name: {weight, …}}; what is disabled or never has a weight above 0 is left out.
+
+    A curriculum's weights stand for those of the objectives.
+    """
+    wanted = checked_objectives(specs, curriculum)
     objectives = {name: create_objective(name, options) for name, options in wanted.items()}
+    if curriculum is not None:
+        first = curriculum.weights(1)
+        return ObjectiveManager(objectives, {name: first[name] for name in wanted})
     return ObjectiveManager(
         objectives, {name: options.get("weight", 1.0) for name, options in wanted.items()}
     )
 
 
-def checked_objectives(specs: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def checked_objectives(
+    specs: Mapping[str, Any], curriculum: CurriculumScheduler | None = None
+) -> dict[str, Mapping[str, Any]]:
     """The options of those that are wanted, by the names they have here; UserError for what does not hold."""
     described: dict[str, Mapping[str, Any]] = {}
     for given, options in specs.items():
@@ -58,7 +69,47 @@ def checked_objectives(specs: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]
         _check_options(name, options)
         described[name] = options
     wanted = {name: options for name, options in described.items() if is_wanted(name, options)}
+    if curriculum is not None:
+        return _of_curriculum(curriculum, described)
     require_a_weight(wanted, described)
+    return wanted
+
+
+def create_curriculum_scheduler(config: CurriculumConfig, total_steps: int) -> CurriculumScheduler | None:
+    """None unless it is enabled."""
+    if not config.enabled:
+        return None
+    phases = [
+        CurriculumPhase(
+            phase.name or f"phase {number}",
+            phase.until,
+            {canonical_name(name): weight for name, weight in phase.objectives.items()},
+        )
+        for number, phase in enumerate(config.phases, start=1)
+    ]
+    return CurriculumScheduler(phases, total_steps, config.interpolation)
+
+
+def _of_curriculum(
+    curriculum: CurriculumScheduler, described: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """The options of all that have a weight above 0 in some phase."""
+    wanted = {}
+    for phase in curriculum.phases:
+        for name in (name for name, weight in phase.objective_weights.items() if weight > 0):
+            if name not in described:
+                raise UserError(
+                    f"training.curriculum: {phase.name}: not among training.objectives",
+                    name,
+                    choices=described,
+                )
+            if not described[name].get("enabled", True):
+                raise UserError(
+                    f"training.curriculum: {phase.name}: {name} is switched off",
+                    "enabled: false",
+                    f"set training.objectives.{name}.enabled=true",
+                )
+            wanted[name] = described[name]
     return wanted
 
 

@@ -72,9 +72,10 @@ class ObjectiveManager:
         """Those with a weight above 0."""
         return {name: objective for name, objective in self.objectives.items() if self.weights[name] > 0}
 
-    def needs(self) -> Needs:
-        """What the active objectives need, together."""
-        return reduce(or_, (objective.needs() for objective in self.active.values()), Needs())
+    def needs(self, names: Collection[str] | None = None) -> Needs:
+        """What the objectives named need, together; without names, the active ones."""
+        chosen = self.active if names is None else names
+        return reduce(or_, (self.objectives[name].needs() for name in chosen), Needs())
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Tokens of every active objective in a batch, before any forward."""

@@ -1,6 +1,6 @@
 """The callbacks of a run, in the order in which they act, and what of them goes into a checkpoint.
 
-    before a step   ramps set λ, μ and sparsity
+    before a step   curriculum sets the weights of objectives, ramps set λ, μ and sparsity
     after it        metrics ─► non-finite guard ─► influence ─► ternary statistics ─► validation
                       ─► is the run over? ─► best ─► saving ─► samples ─► progress
 
@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 from data_handler import TrainingLoader
 from wrinklefree.config import RunConfig
 from wrinklefree.lightning.callbacks.best import BestCheckpointCallback
+from wrinklefree.lightning.callbacks.curriculum import CurriculumCallback
 from wrinklefree.lightning.callbacks.early_stopping import EarlyStoppingCallback
 from wrinklefree.lightning.callbacks.influence import InfluenceTrackerCallback
 from wrinklefree.lightning.callbacks.metrics import MetricsCallback
@@ -27,6 +28,7 @@ from wrinklefree.lightning.callbacks.ternary import TernaryStatisticsCallback
 from wrinklefree.lightning.callbacks.tokens import TokenCountCallback
 from wrinklefree.lightning.callbacks.validation import ValidationCallback
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
+from wrinklefree.objectives import CurriculumScheduler
 from wrinklefree.training.checkpoint import Part, Saver
 from wrinklefree.training.data import PreparedData
 from wrinklefree.training.metrics import MetricsWriter
@@ -54,6 +56,7 @@ def build_callbacks(
     config: RunConfig,
     directory: RunDirectory,
     *,
+    curriculum: CurriculumScheduler | None,
     identity: dict[str, Any],
     data: PreparedData,
     loader: TrainingLoader,
@@ -96,6 +99,8 @@ def build_callbacks(
         keep_last_n=training.checkpoint.keep_last_n,
     )
     callbacks: list[pl.Callback] = [ramps, MetricsCallback(writer, ramps, loader.schedule), non_finite]
+    if curriculum is not None:
+        callbacks.insert(0, CurriculumCallback(curriculum, writer))
     if training.influence.enabled:
         parts["influence"] = influence = InfluenceTrackerCallback(
             training.influence, models.student, loader, data, seed=config.seed, writer=writer

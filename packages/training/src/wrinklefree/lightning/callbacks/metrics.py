@@ -48,6 +48,7 @@ class MetricsCallback(pl.Callback):
                 "step": report.step,
                 "loss": report.loss,
                 "losses": report.losses,
+                "objective_weights": pl_module.objective_manager.weights,
                 "samples": report.samples,
                 "weights": self.schedule.weights(max(report.samples)),
                 "lambda": self.ramps.amounts["lambda"],

@@ -1,0 +1,154 @@
+"""Weights of objectives over a run: what they are, what they do to it, and what is refused."""
+
+import gc
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from durable import UserError
+from wrinklefree.config import load_config
+from wrinklefree.lightning.module import WrinkleFreeLightningModule
+from wrinklefree.objectives import CurriculumPhase, CurriculumScheduler
+from wrinklefree.run import RunResult, run
+from wrinklefree.runs import read_metrics
+
+EARLIER = [
+    CurriculumPhase("warmup", 0.1, {"continue_pretrain": 1.0}),
+    CurriculumPhase("dlm_ramp", 0.3, {"continue_pretrain": 1.0, "dlm": 0.3}),
+    CurriculumPhase("main", 0.8, {"continue_pretrain": 1.0, "dlm": 0.5}),
+    CurriculumPhase("dlm_focus", 1.0, {"continue_pretrain": 0.5, "dlm": 1.0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (5, (1, 0)),
+        (10, (1, 0)),
+        (20, (1, 0.15)),
+        (30, (1, 0.3)),
+        (55, (1, 0.4)),
+        (90, (0.75, 0.75)),
+        (100, (0.5, 1)),
+    ],
+)
+def test_weights_are_those_of_the_earlier_system(step: int, expected: tuple[float, float]) -> None:
+    weights = CurriculumScheduler(EARLIER, 100, "linear").weights(step)
+
+    assert (weights["continue_pretrain"], weights["dlm"]) == pytest.approx(expected)
+
+
+def test_a_cosine_is_halfway_at_the_middle_and_slow_at_its_ends() -> None:
+    cosine = CurriculumScheduler(EARLIER, 1000, "cosine")
+
+    assert cosine.weights(900)["dlm"] == pytest.approx(0.75)
+    assert cosine.weights(850)["dlm"] == pytest.approx(0.5 + 0.5 * (1 - 0.5**0.5) / 2)  # 1 − cos 45°
+
+
+def test_steps_of_a_phase_are_its_share_of_the_run() -> None:
+    step = CurriculumScheduler(EARLIER, 10, "step")
+
+    assert [step.weights(number)["dlm"] for number in range(1, 11)] == [0, 0.3, 0.3, *[0.5] * 5, 1, 1]
+
+
+SMALL = [
+    "model=tiny_llama",
+    "data=demo",
+    "training.max_seq_length=32",
+    "training.batch_size=2",
+    "training.gradient_accumulation_steps=1",
+    "training.max_steps=4",
+    "training.validation.num_batches=0",
+    "training.checkpoint.save_interval=3",
+]
+
+
+def phases(*each: tuple[float, dict[str, float]]) -> list[str]:
+    listed = [
+        {"name": f"p{n}", "until": until, "objectives": weights} for n, (until, weights) in enumerate(each)
+    ]
+    unquoted = json.dumps(listed).replace('"', "")
+    return ["training.curriculum.enabled=true", f"training.curriculum.phases={unquoted}"]
+
+
+BOTH_THEN_ONE = phases(
+    (0.5, {"continue_pretrain": 0.5, "logits_distill": 0.5}), (1.0, {"continue_pretrain": 2.0})
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WRINKLEFREE_DATA", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+def train(output_dir: Path, *overrides: str) -> RunResult:
+    return run(load_config([*SMALL, f"output_dir={output_dir}", *overrides]))
+
+
+def test_a_run_takes_each_step_with_its_weights_and_lets_the_teacher_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers: list[Any] = []
+    alive = []
+    usual = WrinkleFreeLightningModule.training_step
+
+    def training_step(self: WrinkleFreeLightningModule, *arguments: Any) -> None:
+        if self.teacher is not None and not teachers:
+            teachers.append(weakref.ref(self.teacher.model))
+        gc.collect()
+        alive.append(teachers[0]() is not None)
+        usual(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WrinkleFreeLightningModule, "training_step", training_step)
+        result = train(tmp_path / "whole", *BOTH_THEN_ONE)
+
+    rows = read_metrics(result.directory / "metrics.jsonl")
+    both, one = (0.5, 0.5), (2.0, 0.0)
+    seen = [(w["continue_pretrain"], w["logits_distill"]) for w in (row["objective_weights"] for row in rows)]
+    assert seen == [both, both, one, one]
+    for row, weights in zip(rows, seen, strict=True):
+        parts = row["losses"]
+        expected = weights[0] * parts["continue_pretrain"] + weights[1] * parts.get("logits_distill", 0)
+        assert row["loss"] == pytest.approx(expected, rel=1e-6)
+    assert alive == [True, True, False, False]
+    events = read_metrics(result.directory / "metrics.jsonl", kind="event")
+    assert [(event["event"], event["step"]) for event in events] == [("teacher_freed", 3)]
+
+    again = train(tmp_path / "again", *BOTH_THEN_ONE, "training.checkpoint.save_at_end=false")
+    checkpoint = again.directory / "checkpoints" / "step_000003"
+    resumed = train(tmp_path / "resumed", *BOTH_THEN_ONE, f"training.resume.checkpoint_path={checkpoint}")
+    last = read_metrics(resumed.directory / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in last] == [(4, rows[-1]["loss"])]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (phases((0.5, {"continue_pretrain": 1}), (0.5, {"continue_pretrain": 1})), "must ascend"),
+        (phases((0.5, {"continue_pretrain": 1})), "end at 1"),
+        (phases((1.0, {"continue_pretrain": 0})), "p0: nothing would be trained"),
+        (phases((1.0, {"continue_pretrain": -1})), "continue_pretrain: must be a number, 0 or more"),
+        (phases((1.0, {"continue_pretrian": 1})), "did you mean 'continue_pretrain'"),
+        (phases((1.0, {"dlm": 1})), "not among training.objectives"),
+        (
+            [*phases((1.0, {"logits_distill": 1})), "training.objectives.logits_distill.enabled=false"],
+            "logits_distill is switched off",
+        ),
+        (["training.curriculum.enabled=true"], "there are none"),
+        ([*BOTH_THEN_ONE, "training.curriculum.interpolation=sudden"], "step | linear | cosine"),
+    ],
+)
+def test_a_curriculum_that_does_not_hold_is_one_line(given: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(given)
+
+    assert caught.value.exit_code == 2
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
