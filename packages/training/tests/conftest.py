@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +38,9 @@ def wrinklefree(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., End
     yield run
     signal.signal(signal.SIGTERM, handler)
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all tests that ask for it find, or put, the prepared demo data; see `WRINKLEFREE_DATA`."""
+    return tmp_path_factory.mktemp("prepared")

@@ -33,9 +33,9 @@ SMALL = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _shared_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _shared_data(prepared_data: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WRINKLEFREE_DATA", str(tmp_path_factory.mktemp("data")))
+        patch.setenv("WRINKLEFREE_DATA", str(prepared_data))
         yield
 
 

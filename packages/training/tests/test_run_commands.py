@@ -26,10 +26,10 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def outputs(tmp_path_factory: pytest.TempPathFactory, prepared_data: Path) -> Iterator[Path]:
     """An output_dir with a finished run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WRINKLEFREE_DATA", str(tmp_path_factory.mktemp("data")))
+        patch.setenv("WRINKLEFREE_DATA", str(prepared_data))
         directory = tmp_path_factory.mktemp("outputs")
         run(load_config([*SMALL, f"output_dir={directory}"]))
         yield directory

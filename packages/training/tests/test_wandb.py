@@ -108,10 +108,10 @@ def train(output_dir: Path, *overrides: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def without(tmp_path_factory: pytest.TempPathFactory, prepared_data: Path) -> Iterator[Path]:
     """The same run, with nobody watching."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WRINKLEFREE_DATA", str(tmp_path_factory.mktemp("data")))
+        patch.setenv("WRINKLEFREE_DATA", str(prepared_data))
         yield train(tmp_path_factory.mktemp("without"))
 
 

@@ -5,6 +5,7 @@ what a person can put right is one line on stderr and exit 2 to 7 (`durable.Exit
 line and exit 1, Ctrl-C 130, SIGTERM 143.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -125,8 +126,10 @@ def train(
 
     Keys and their defaults: docs/configuration_guide.md.
     """
+    gc.disable()  # importing torch and transformers makes a million objects, and none of them is garbage
     from wrinklefree.commands.train import train as run
 
+    gc.enable()
     return run(list(overrides or ()), print_config=print_config)
 
 

@@ -2,9 +2,11 @@
 
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
@@ -79,6 +81,41 @@ class ProgressLine:
         eta = f"{seconds_per_step * (self.total - done):.0f} s"
         bar = "━" * filled + "╌" * (20 - filled)
         return f"  {self.label} {bar} {done:>{len(str(self.total))}}/{self.total}  {text}  {rate}  eta {eta}"
+
+
+class LiveLine:
+    """In a terminal the last line, rewritten below whatever else is printed; elsewhere plain lines."""
+
+    def __init__(self) -> None:
+        self.is_live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._live: Any = None
+        self._shown_at = 0.0
+
+    def show(self, text: str, *, keep: bool) -> None:
+        """Say it; of what is not to `keep`, ten times a second and in a terminal only."""
+        if not self.is_live:
+            if keep:
+                print(text, flush=True)
+        elif keep or time.monotonic() - self._shown_at > 0.1:
+            from rich.text import Text
+
+            self._shown_at = time.monotonic()
+            # Too long a line loses its end: two rows would not be rewritten as one.
+            self._opened().update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def close(self) -> None:
+        """Leave the last line standing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _opened(self) -> Any:
+        if self._live is None:
+            from rich.live import Live
+
+            self._live = Live(auto_refresh=False)
+            self._live.start()
+        return self._live
 
 
 def _is_numeric(cell: str) -> bool:

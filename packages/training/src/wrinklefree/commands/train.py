@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+from typing import TextIO
 
 from wrinklefree.config import load_config, to_yaml
 from wrinklefree.masking import MaskingFormatter
@@ -19,10 +21,18 @@ def train(overrides: list[str], *, print_config: bool = False) -> int:
     return run(config).exit_code
 
 
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes where stderr is at that moment: a live line redirects it, to stay the last one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _log_to_stderr() -> None:
     """One voice among several ranks, and no secret in it."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter(MaskingFormatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
     for name in ("httpx", "fsspec", "datasets", "torch", "huggingface_hub"):

@@ -133,5 +133,6 @@ def build_callbacks(
             )
         )
     if writer is not None:
-        callbacks.append(ProgressCallback(ramps, every=training.logging.log_interval))
+        every, block_size = training.logging.log_interval, training.max_seq_length
+        callbacks.append(ProgressCallback(ramps, every=every, block_size=block_size))
     return RunCallbacks(all=callbacks, parts=parts, save=save, saving=saving)
