@@ -212,6 +212,22 @@ def test_a_stage_follows_the_nearest_one_before_it(
     assert [row["lambda"] for row in rows(third)[-4:]] == [1.0, 1.0, 1.0, 1.0]  # what is ternary stays so
 
 
+def test_a_stage_follows_one_that_lies_in_the_bucket(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket = ["gcs.enabled=true", "gcs.bucket=memory://stages"]
+    converted = train(tmp_path / "here", "training=stage1_subln", "training.max_steps=null", *bucket)
+
+    elsewhere = train(tmp_path / "there", "training=stage2_pretrain", "training.max_steps=1", *bucket)
+
+    assert "stage2 follows stage1: " in capsys.readouterr().out
+    names = {name for name in weights(elsewhere.directory / "checkpoints" / "final") if "input_norm" in name}
+    assert names == {
+        name for name in weights(converted.directory / "checkpoints" / "final") if "input_norm" in name
+    }
+    assert names
+
+
 def test_a_stage_with_nothing_before_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, "training=stage2_pretrain", "training.batch_size=1", "training.max_steps=1")
 

@@ -29,6 +29,14 @@ def fetched(address: str, *, key: str) -> Path:
 
     `key` is what the person wrote the address for.
     """
+    found = fetched_if_any(address, key=key)
+    if found is None:
+        raise UserError(f"{key}: holds no checkpoint", address, exit_code=ExitCode.BAD_DATA)
+    return found
+
+
+def fetched_if_any(address: str, *, key: str) -> Path | None:
+    """The same; None where nobody put a checkpoint."""
     with _one_line(key, address):
         filesystem, path = fsspec.core.url_to_fs(address)
         place = PurePosixPath(path)
@@ -47,7 +55,7 @@ def fetched(address: str, *, key: str) -> Path:
                 damage.append(error)
         if damage:
             raise damage[0]
-        raise UserError(f"{key}: holds no checkpoint", address, exit_code=ExitCode.BAD_DATA)
+        return None
 
 
 def pickle_refused(path: object) -> UserError:

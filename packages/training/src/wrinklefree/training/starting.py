@@ -21,10 +21,12 @@ from wrinklefree.optimizers.state import join_state
 from wrinklefree.training.checkpoint import Part, TrainState, read_train_state
 from wrinklefree.training.data import PreparedData
 from wrinklefree.training.ending import why_over
+from wrinklefree.training.fetching import fetched_if_any
 from wrinklefree.training.metrics import MetricsWriter
 from wrinklefree.training.ranks import Ranks
 from wrinklefree.training.resuming import require_same_data, require_same_run
 from wrinklefree.training.run_directory import BEST, FINAL, RunDirectory, find_checkpoint, step_of
+from wrinklefree.training.uploading import bucket_address, run_folder
 
 VARIABLE = "RESUME_CHECKPOINT"
 PREDECESSORS = {
@@ -165,7 +167,7 @@ def _nearest_stage(config: RunConfig, directory: RunDirectory) -> Path | None:
     """The newest checkpoint of the nearest earlier stage that has one; says which, or that there is none."""
     stages = PREDECESSORS.get(config.training.stage, ())
     for stage in stages:
-        path = newest_complete(directory.of_stage(stage).checkpoints, ignore=(BEST,)).or_raise().path
+        path = _newest_of(config, directory.of_stage(stage))
         if path is not None:
             print(f"{config.training.stage.value} follows {stage.value}: {path}", flush=True)
             return path
@@ -176,6 +178,15 @@ def _nearest_stage(config: RunConfig, directory: RunDirectory) -> Path | None:
             flush=True,
         )
     return None
+
+
+def _newest_of(config: RunConfig, directory: RunDirectory) -> Path | None:
+    """Another run's newest checkpoint: on this disk, else in the bucket."""
+    path = newest_complete(directory.checkpoints, ignore=(BEST,)).or_raise().path
+    if path is None and config.gcs.enabled:
+        address = f"{bucket_address(config).rstrip('/')}/{run_folder(config, directory)}"
+        path = fetched_if_any(address, key="gcs.bucket")
+    return path
 
 
 def identity(config: RunConfig, ranks: Ranks, data: PreparedData) -> dict[str, Any]:

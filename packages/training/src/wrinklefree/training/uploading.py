@@ -120,12 +120,22 @@ class Uploader:
         append_row(self.metrics, "event", event)
 
 
+def bucket_address(config: RunConfig) -> str:
+    """What fsspec opens."""
+    bucket = config.gcs.bucket or ""
+    return bucket if "://" in bucket else f"gs://{bucket}"
+
+
+def run_folder(config: RunConfig, directory: RunDirectory) -> str:
+    """Where a run lies in its bucket: as below `output_dir`."""
+    return directory.path.relative_to(Path(config.output_dir)).as_posix()
+
+
 def open_uploader(config: RunConfig, directory: RunDirectory) -> Uploader | None:
     """None when nothing is to be copied; UserError (exit code 2) for an address that cannot be opened."""
     if not config.gcs.enabled:
         return None
-    bucket = config.gcs.bucket or ""
-    address = bucket if "://" in bucket else f"gs://{bucket}"
+    address = bucket_address(config)
     try:
         filesystem, root = fsspec.core.url_to_fs(address)
     except Exception as error:  # a missing package, an unknown protocol, credentials that cannot be read
@@ -134,8 +144,7 @@ def open_uploader(config: RunConfig, directory: RunDirectory) -> Uploader | None
             mask_secrets(f"{address}: {type(error).__name__}: {error}"),
             "check the address; gs:// needs the package gcsfs, s3:// needs s3fs",
         ) from None
-    run_folder = directory.path.relative_to(Path(config.output_dir)).as_posix()
-    folder = PurePosixPath(root) / run_folder / directory.checkpoints.name
+    folder = PurePosixPath(root) / run_folder(config, directory) / directory.checkpoints.name
     return Uploader(filesystem, folder, directory.metrics, timeout_seconds=config.gcs.timeout_seconds)
 
 
