@@ -28,8 +28,8 @@ from wrinklefree.masking import masked
 from wrinklefree.objectives.factory import checked_objectives, create_curriculum_scheduler
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
-OPEN_KEY = "training.objectives."
-"""Below it, each objective has keys of its own and checks them itself."""
+OPEN_KEYS = ("training.objectives.", "gpu.micro_batches.")
+"""Below the first, each objective has keys of its own and checks them itself; below the other are models."""
 GROUPS = ("model", "training", "data", "distributed", "gpu", "experiment")
 OTHER_NAMES = {
     "training.gradient_clipping": "training.gradient_clipping.max_norm",
@@ -60,7 +60,7 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
 def _in_our_words(override: str) -> str:
     key, sign, value = override.partition("=")
     # Objectives are chosen by naming them: `training.objectives.logits_distill.weight=1` may add one.
-    if key.startswith(OPEN_KEY):
+    if key.startswith(OPEN_KEYS):
         return f"++{override}"
     if key.startswith("+") and key[1:] in GROUPS:
         return override[1:]
@@ -129,7 +129,7 @@ def _bad_override(error: Exception, overrides: list[str]) -> UserError:
     known = set(keys) | {key.rpartition(".")[0] for key in keys} | set(GROUPS)
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
-        if key not in known and not key.startswith(OPEN_KEY):
+        if key not in known and not key.startswith(OPEN_KEYS):
             return _unknown_key(key)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     return _bad_value(cause, overrides)
@@ -153,7 +153,7 @@ def _bad_value(error: Exception, overrides: list[str]) -> UserError:
     keys = [name for name, _, _ in schema_keys()]
     if "not in" in what and "struct" not in what and key and key not in keys:
         return _with_place(_unknown_key(key), overrides)
-    if key and key not in keys and not key.startswith(OPEN_KEY) and "nterpolation" not in what:
+    if key and key not in keys and not key.startswith(OPEN_KEYS) and "nterpolation" not in what:
         return _with_place(_unknown_key(key), overrides)
     return _with_place(UserError(f"{key}: {what}" if key else what, fix=_accepted(key)), overrides)
 

@@ -78,6 +78,7 @@ def build_models(
     check_length(student, config)
     if config.training.torch_compile.enabled:
         compile_blocks(student)
+    student.train()  # models are opened for evaluation, which leaves dropout out
     return Models(student, teacher, tokenizer)
 
 
