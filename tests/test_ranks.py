@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,3 +125,38 @@ def test_what_happens_to_one_rank_ends_both_and_the_run_goes_on(
     assert [row["samples"] for row in rows] == [list(range(4 * n, 4 * n + 4)) for n in range(len(rows))]
     if name == "term":
         assert "resuming after step" in (tmp_path / "log.txt").read_text()
+
+
+def start_bare(output_dir: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    """Two ranks without torchrun, whose own exit codes are seen."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "wrinklefree", "train", *COMMON, f"output_dir={output_dir}", *overrides]
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        variables = os.environ | place | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        log = (output_dir / f"log-{rank}.txt").open("w")
+        ranks.append(subprocess.Popen(command, stdout=log, stderr=log, text=True, env=variables))
+    return ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_hangs_ends_all_of_them_with_one_line(stopped: int, tmp_path: Path) -> None:
+    # Rank 0 prepares data for longer than the others would wait in a collective.
+    ranks = start_bare(tmp_path, "distributed=ddp", "training.batch_size=1", "distributed.timeout_seconds=15")
+    (tmp_path / "log.txt").touch()
+    wait_for_steps(tmp_path, ranks[0], 3)
+
+    ranks[stopped].send_signal(signal.SIGSTOP)
+
+    assert ranks[1 - stopped].wait(60) == 7
+    assert ranks[stopped].wait(60) == -signal.SIGKILL
+    log = (tmp_path / f"log-{1 - stopped}.txt").read_text().splitlines()
+    (line,) = [line for line in log if line.startswith("error:")]
+    assert f"rank {1 - stopped} lost another rank" in line
+    assert f"rank {stopped} was stopped and was ended" in line
+    assert "Traceback" not in log

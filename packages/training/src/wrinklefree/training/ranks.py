@@ -1,9 +1,11 @@
 """The processes that train one model together; torchrun starts them and tells each who it is."""
 
+import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -12,8 +14,10 @@ import torch.distributed as dist
 
 from durable import ExitCode, UserError
 from wrinklefree.config.schema import DistributedConfig, Strategy
+from wrinklefree.training.neighbours import Neighbours
 
 Value = TypeVar("Value")
+DONE = b"done"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,8 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+    _turns: Iterator[int] = field(default_factory=itertools.count)
+    """Counts what was prepared; equal on all ranks, which call alike."""
 
     @property
     def is_first(self) -> bool:
@@ -33,11 +39,26 @@ class Ranks:
             dist.barrier()
 
     def first_then_all(self, prepare: Callable[[], Value]) -> Value:
-        """Rank 0 prepares what lies on disk, then all find it there."""
+        """Rank 0 prepares what lies on disk, then all find it there, however long it takes.
+
+        A collective would give up after `distributed.timeout_seconds`.
+        """
         if self.world_size > 1:
+            store, key = (
+                dist.distributed_c10d._get_default_store(),
+                f"wrinklefree/prepared/{next(self._turns)}",
+            )
             if self.is_first:
-                prepare()
-            self.barrier()
+                with _told(store, key):
+                    return prepare()
+            while not store.check([key]):
+                time.sleep(0.2)
+            if store.get(key) != DONE:
+                raise UserError(
+                    "distributed: rank 0 ended before all could begin",
+                    fix="look at its error",
+                    exit_code=ExitCode.DISTRIBUTED,
+                )
         return prepare()
 
     def shared(self, value: Value) -> Value:
@@ -46,6 +67,17 @@ class Ranks:
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+@contextmanager
+def _told(store: dist.Store, key: str) -> Iterator[None]:
+    """Tell the others how the block ended."""
+    try:
+        yield
+    except BaseException:
+        store.set(key, "failed")
+        raise
+    store.set(key, DONE.decode())
 
 
 @contextmanager
@@ -71,6 +103,7 @@ def joined_ranks(config: DistributedConfig) -> Iterator[Ranks]:
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_seconds))
+    neighbours = Neighbours.gathered(rank, world_size)
     try:
         yield Ranks(rank, world_size)
     except (RuntimeError, dist.DistError) as error:
@@ -78,7 +111,7 @@ def joined_ranks(config: DistributedConfig) -> Iterator[Ranks]:
             raise
         raise UserError(
             f"distributed: rank {rank} lost another rank",
-            str(error).splitlines()[0],
+            "; ".join([str(error).splitlines()[0], *neighbours.end()]),
             "look for the first error among the ranks; the same command goes on from the last checkpoint",
             ExitCode.DISTRIBUTED,
         ) from error
