@@ -13,7 +13,7 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch.distributed as dist
 
@@ -64,7 +64,7 @@ class Neighbours:
     def _still_there(self) -> list[int]:
         return [other for other, handle in self.handles.items() if not _has_ended(handle)]
 
-    def _staying(self, store: dist.Store) -> list[int]:
+    def _staying(self, store: Any) -> list[int]:
         return [other for other in self._still_there() if not store.check([LEAVING.format(rank=other)])]
 
     def _end(self, other: int) -> str:

@@ -1,0 +1,221 @@
+"""What does the trainer add to a training step?
+
+    uv run python benchmarks/train_step.py                    SmolLM2-135M's shape, 4 × 256 tokens
+    uv run python benchmarks/train_step.py --shape tiny       tiny_llama, 4 × 64 tokens
+    uv run python benchmarks/train_step.py --check-only       both loops learn the same, no timing
+
+Three ways to train the same ternary decoder, random weights, on the same batches with AdamW in fp32, one
+thread: `run`, which is `wrinklefree train` with data, callbacks, metrics and Lightning; a bare loop of torch
+over the same converted model; and transformers' `Trainer` with its AutoBitLinear, where accelerate is
+installed. The first two take turns step by step, in CPU time. Saving is not in it: see benchmarks/saving.py.
+"""
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import wrinklefree.run
+from data_handler import Batch
+from wrinklefree.config import load_config
+from wrinklefree.lightning.module import WrinkleFreeLightningModule
+from wrinklefree.runs import read_metrics
+
+LEARNING_RATE = 1e-4
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+}
+
+
+class BareLoop(pl.Callback):
+    """Does after each step of the trainer the same step of its own, and times both."""
+
+    def __init__(self) -> None:
+        self.ours: list[float] = []
+        self.bare: list[float] = []
+        self.losses: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, WrinkleFreeLightningModule)
+        self.model: nn.Module = copy.deepcopy(pl_module.model)
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            lr=LEARNING_RATE,
+            weight_decay=0,
+            fused=True,
+        )
+        self._mark = time.process_time()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        now = time.process_time()
+        self.ours.append(now - self._mark)
+        self.losses.append(sum(float(self._step(micro_batch)) for micro_batch in batch))
+        self._mark = time.process_time()
+        self.bare.append(self._mark - now)
+
+    def _step(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels, use_cache=False
+        ).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def train_both(shape: str, steps: int, directory: Path) -> tuple[BareLoop, list[float]]:
+    """The loop that watched, and the losses of the trainer."""
+    model = ["model=tiny_llama"]
+    if shape == "smollm2":
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**SMOLLM2)).save_pretrained(directory / "model")
+        model = [
+            "model.name=smollm2_shape",
+            f"model.pretrained_name={directory / 'model'}",
+            "model.tokenizer=demo",
+        ]
+    length = 256 if shape == "smollm2" else 64
+    config = load_config(
+        [
+            *model,
+            "training=stage2_pretrain",
+            "data=demo",
+            f"output_dir={directory}",
+            "experiment_name=benchmark",
+            f"training.max_steps={steps}",
+            f"training.max_seq_length={length}",
+            "training.batch_size=4",
+            "training.gradient_accumulation_steps=1",
+            "training.optimizer.type=adamw",
+            f"training.optimizer.lr={LEARNING_RATE}",
+            "training.optimizer.weight_decay=0",
+            "training.scheduler.type=constant",
+            "training.scheduler.warmup_steps=0",
+            "training.lambda_warmup.enabled=false",
+            "training.subln_warmup.enabled=false",
+            "training.validation.num_batches=0",
+            f"training.checkpoint.save_interval={steps + 1}",
+            "training.checkpoint.save_at_end=false",
+        ]
+    )
+    bare, usual = BareLoop(), wrinklefree.run.lightning_trainer
+
+    def with_bare_loop(config: Any, callbacks: list[pl.Callback], ranks: Any) -> pl.Trainer:
+        return usual(config, [*callbacks, bare], ranks)
+
+    wrinklefree.run.lightning_trainer = with_bare_loop
+    try:
+        result = wrinklefree.run.run(config)
+    finally:
+        wrinklefree.run.lightning_trainer = usual
+    return bare, [row["loss"] for row in read_metrics(result.directory / "metrics.jsonl")]
+
+
+def trainer_seconds(shape: str, steps: int, directory: Path) -> list[float]:
+    """Steps of transformers' Trainer with its own ternary layers."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    from bitnet_arch.testing import tiny_llama
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)) if shape == "smollm2" else tiny_llama()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith("_proj"):
+            layer = AutoBitLinear(module.in_features, module.out_features, bias=False, online_quant=True)
+            layer.weight = module.weight
+            model.set_submodule(name, layer)
+    length = 256 if shape == "smollm2" else 64
+    tokens = torch.randint(0, 500, (4 * steps, length))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.mark = time.process_time()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            now = time.process_time()
+            seconds.append(now - self.mark)
+            self.mark = now
+
+    arguments = TrainingArguments(
+        output_dir=str(directory / "trainer"),
+        per_device_train_batch_size=4,
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Clock()]).train()
+    return seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check-only", action="store_true", help="equal losses on the tiny model, no timing")
+    parser.add_argument("--shape", choices=["smollm2", "tiny"], default="smollm2")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--allowed", type=float, help="share of overhead beyond which this fails")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shape = "tiny" if options.check_only else options.shape
+    with tempfile.TemporaryDirectory() as name:
+        bare, losses = train_both(shape, 3 if options.check_only else options.steps, Path(name))
+        # Each rounding that falls the other way draws the two further apart, so only the first steps tell.
+        apart = max(abs(a - b) / b for a, b in zip(losses[:3], bare.losses[:3], strict=True))
+        print(f"losses of trainer and bare loop differ by at most {apart:.1e}, relative, in three steps")
+        if apart > 1e-3:
+            print("error: they do not train the same model", file=sys.stderr)
+            return 1
+        if options.check_only:
+            return 0
+        ours, theirs = (statistics.median(each[1:]) for each in (bare.ours, bare.bare))
+        overhead = statistics.median(a / b for a, b in zip(bare.ours[1:], bare.bare[1:], strict=True)) - 1
+        rows = [("bare torch", theirs, ""), ("wrinklefree train", ours, f"{overhead:+.1%}")]
+        if importlib.util.find_spec("accelerate") is None:
+            print("transformers' Trainer is left out: accelerate is not installed")
+        else:
+            trainer = statistics.median(trainer_seconds(shape, options.steps, Path(name))[1:])
+            rows.append(("transformers' Trainer, AutoBitLinear", trainer, f"{trainer / theirs - 1:+.1%}"))
+            print(f"wrinklefree train is {trainer / ours:.2f} × as fast as transformers' Trainer")
+        print("| loop | ms of a step | beyond the bare loop |\n|---|---|---|")
+        for loop, seconds, beyond in rows:
+            print(f"| {loop} | {1e3 * seconds:.1f} | {beyond} |")
+    return 1 if options.allowed is not None and overhead > options.allowed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
