@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from shapes import SMOLLM2
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bitnet_arch import ConversionConfig, convert_to_bitnet
@@ -29,23 +30,14 @@ from wrinklefree.optimizers.state import split_state
 from wrinklefree.training.checkpoint import TrainState, write_checkpoint
 
 INTERVAL = 100
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-}
 
 
 def build(*, tiny: bool) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = tiny_llama() if tiny else LlamaForCausalLM(LlamaConfig(**SMOLLM2))
     convert_to_bitnet(model, ConversionConfig())
-    return model.train()
+    model.train()
+    return model
 
 
 def step_seconds(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> float:

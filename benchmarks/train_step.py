@@ -19,29 +19,22 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytorch_lightning as pl
 import torch
+from shapes import SMOLLM2
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import wrinklefree.run
 from data_handler import Batch
 from wrinklefree.config import load_config
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
+from wrinklefree.lightning.trainer import lightning_trainer
+from wrinklefree.run import run
 from wrinklefree.runs import read_metrics
 
 LEARNING_RATE = 1e-4
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-}
 
 
 class BareLoop(pl.Callback):
@@ -123,16 +116,13 @@ def train_both(shape: str, steps: int, directory: Path) -> tuple[BareLoop, list[
             "training.checkpoint.save_at_end=false",
         ]
     )
-    bare, usual = BareLoop(), wrinklefree.run.lightning_trainer
+    bare = BareLoop()
 
     def with_bare_loop(config: Any, callbacks: list[pl.Callback], ranks: Any) -> pl.Trainer:
-        return usual(config, [*callbacks, bare], ranks)
+        return lightning_trainer(config, [*callbacks, bare], ranks)
 
-    wrinklefree.run.lightning_trainer = with_bare_loop
-    try:
-        result = wrinklefree.run.run(config)
-    finally:
-        wrinklefree.run.lightning_trainer = usual
+    with mock.patch("wrinklefree.run.lightning_trainer", with_bare_loop):
+        result = run(config)
     return bare, [row["loss"] for row in read_metrics(result.directory / "metrics.jsonl")]
 
 
@@ -155,7 +145,7 @@ def trainer_seconds(shape: str, steps: int, directory: Path) -> list[float]:
     data = [{"input_ids": row, "labels": row} for row in tokens]
     seconds: list[float] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.mark = time.process_time()
 
