@@ -121,6 +121,9 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole configuration and stop.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run would take, in memory and time, and stop.")
+    ] = False,
 ) -> int:
     """Train a ternary decoder; the same command again goes on where it stopped.
 
@@ -130,7 +133,7 @@ def train(
     from wrinklefree.commands.train import train as run
 
     gc.enable()
-    return run(list(overrides or ()), print_config=print_config)
+    return run(list(overrides or ()), print_config=print_config, dry_run=dry_run)
 
 
 @app.command("eval")

@@ -17,9 +17,16 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitnet_arch import testing
@@ -61,6 +68,48 @@ def load_pretrained(name: str) -> Pretrained:
     return load_directory(hub_directory(name), source=name)
 
 
+def described_by(name: str) -> PretrainedConfig:
+    """The configuration of that decoder, without its weights."""
+    path = Path(name).expanduser()
+    if name in TINY_MODELS:
+        return TINY_MODELS[name]().config
+    if path.is_file():
+        return load_file(path).model.config
+    if not path.is_dir():
+        if _is_meant_as_path(name):
+            raise UserError("no such file or directory", found=name, choices=_neighbours(path))
+        path = _hub_config(name).parent
+    _check_config(path, name)
+    config: PretrainedConfig = _open(
+        name, lambda: AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    )
+    return config
+
+
+def are_weights_here(name: str) -> bool:
+    """Whether opening that decoder would fetch nothing."""
+    path = Path(name).expanduser()
+    if name in TINY_MODELS or path.is_file():
+        return True
+    if not path.is_dir():
+        try:
+            path = Path(snapshot_download(name, local_files_only=True))
+        except Exception:  # the hub's client has many ways to say that it is not there
+            return False
+    return any(path.glob("*.safetensors"))
+
+
+def _hub_config(name: str) -> Path:
+    try:
+        return Path(hf_hub_download(name, "config.json", etag_timeout=HUB_TIMEOUT_SECONDS))
+    except GatedRepoError:
+        raise _gated(name) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise _unknown(name) from None
+    except Exception as error:
+        raise _unreachable(name, error) from error
+
+
 def load_directory(directory: Path, *, source: str | None = None) -> Pretrained:
     """A directory that `save_pretrained` wrote."""
     source = source or str(directory)
@@ -97,9 +146,7 @@ def hub_directory(name: str) -> Path:
             file.rfilename for file in HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS).siblings or ()
         ]
     except GatedRepoError:
-        raise UserError(
-            f"{name}: the hub asks for an accepted licence", fix="accept it there, then set HF_TOKEN"
-        ) from None
+        raise _gated(name) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise _unknown(name) from None
     except Exception as error:
@@ -114,14 +161,24 @@ def _cached_directory(name: str, hub_error: Exception) -> Path:
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except Exception:
-        problem = error_line(hub_error).removeprefix("error: ")
-        raise UserError(
-            f"unknown model: no directory here, not in the cache, and the hub cannot be reached ({problem})",
-            found=name,
-            fix="name a local directory, a .gguf file or a built-in model, or check the network",
-            exit_code=ExitCode.BAD_DATA,
-            choices=[*TINY_MODELS, *_neighbours(Path(name))],
-        ) from hub_error
+        raise _unreachable(name, hub_error) from hub_error
+
+
+def _gated(name: str) -> UserError:
+    return UserError(
+        f"{name}: the hub asks for an accepted licence", fix="accept it there, then set HF_TOKEN"
+    )
+
+
+def _unreachable(name: str, hub_error: Exception) -> UserError:
+    problem = error_line(hub_error).removeprefix("error: ")
+    return UserError(
+        f"unknown model: no directory here, not in the cache, and the hub cannot be reached ({problem})",
+        found=name,
+        fix="name a local directory, a .gguf file or a built-in model, or check the network",
+        exit_code=ExitCode.BAD_DATA,
+        choices=[*TINY_MODELS, *_neighbours(Path(name))],
+    )
 
 
 def _check_config(directory: Path, source: str) -> None:

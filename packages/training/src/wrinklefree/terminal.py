@@ -38,6 +38,13 @@ def megabytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
 def curve(values: Sequence[float], *, width: int = 60, height: int = 6, indent: int = 2) -> str:
     """A curve of positive values over steps, logarithmic upwards, in blocks of an eighth of a line."""
     columns = _means(values, width)

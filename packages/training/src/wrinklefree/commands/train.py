@@ -9,13 +9,18 @@ from wrinklefree.config import load_config, to_yaml
 from wrinklefree.masking import MaskingFormatter
 
 
-def train(overrides: list[str], *, print_config: bool = False) -> int:
+def train(overrides: list[str], *, print_config: bool = False, dry_run: bool = False) -> int:
     """The exit code of the run."""
     config = load_config(overrides)
     if print_config:
         print(to_yaml(config), end="")
         return 0
     _log_to_stderr()
+    if dry_run:
+        from wrinklefree.commands.dry_run import dry_run as estimate
+
+        estimate(config)
+        return 0
     from wrinklefree.run import run
 
     return run(config).exit_code

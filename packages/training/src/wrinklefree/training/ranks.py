@@ -69,6 +69,11 @@ class Ranks:
         return box[0]
 
 
+def num_ranks() -> int:
+    """How many torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def _told(store: Any, key: str) -> Iterator[None]:
     """Tell the others how the block ended."""
@@ -83,7 +88,7 @@ def _told(store: Any, key: str) -> Iterator[None]:
 @contextmanager
 def joined_ranks(config: DistributedConfig) -> Iterator[Ranks]:
     """Join the others; a rank that dies or hangs ends all of them with exit code 7."""
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    world_size, rank = num_ranks(), int(os.environ.get("RANK", "0"))
     if world_size > 1 and config.strategy is Strategy.single:
         raise UserError(
             "distributed: torchrun started several processes for a run of one",

@@ -12,7 +12,7 @@ import torch
 
 from wrinklefree.lightning.callbacks.ramps import RampCallback
 from wrinklefree.lightning.module import StepReport, WrinkleFreeLightningModule
-from wrinklefree.terminal import LiveLine, megabytes
+from wrinklefree.terminal import LiveLine, clock, megabytes
 from wrinklefree.training.flops import flops_per_token, multiplications_per_second
 from wrinklefree.training.memory import memory_in_use
 
@@ -85,11 +85,5 @@ class ProgressCallback(pl.Callback):
         ]
         if self.tokens_at_full_speed is not None:
             parts.append(f"MFU {speed / self.tokens_at_full_speed:.1%}")
-        parts += [f"memory {megabytes(memory_in_use(module.device))}", f"{_clock(left)} left"]
+        parts += [f"memory {megabytes(memory_in_use(module.device))}", f"{clock(left)} left"]
         return "  ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
