@@ -7,16 +7,18 @@ from typing import Protocol
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from bitnet_arch import BitLinear
+from bitnet_arch import BitLinear, load_bitnet
+from data_handler import Shards
 from data_handler.sorting import decode
 from durable import UserError
 from wrinklefree.commands.demo import demo
 from wrinklefree.demo.answers import Answers, answer_fresh_questions, require
 from wrinklefree.demo.block_speed import compare_step_speed
-from wrinklefree.demo.recipe import Recipe, build_decoder, train
+from wrinklefree.demo.recipe import Recipe, learn, write_task
 from wrinklefree.demo.stock import read_with_stock_transformers
+from wrinklefree.runs import read_metrics
 
 SHORT = Recipe(steps=3, batch_size=4, hidden_size=24, intermediate_size=40, num_heads=2)
 
@@ -32,32 +34,49 @@ class Ended(Protocol):
 Run = Callable[..., Ended]
 
 
-def test_the_decoder_is_ternary_everywhere_but_in_its_embedding() -> None:
-    model, report = build_decoder(SHORT)
+def learned(recipe: Recipe, directory: Path) -> tuple[PreTrainedModel, list[float]]:
+    """The decoder that a run leaves behind, and the loss of each step."""
+    write_task(recipe, directory)
+    run_directory = learn(recipe, directory).directory
+    rows = read_metrics(run_directory / "metrics.jsonl")
+    return load_bitnet(run_directory / "checkpoints" / "final"), [row["loss"] for row in rows]
 
-    assert len(report.converted) == 7 * SHORT.num_layers
+
+def test_the_decoder_is_ternary_everywhere_but_in_its_embedding(tmp_path: Path) -> None:
+    model, _ = learned(SHORT, tmp_path)
+
     assert sum(isinstance(module, BitLinear) for module in model.modules()) == 7 * SHORT.num_layers
-    assert len(report.subln_inserted) == 2 * SHORT.num_layers
+    assert sum(name.endswith("input_norm.weight") for name in model.state_dict()) == 2 * SHORT.num_layers
 
 
-def test_the_same_seed_gives_the_same_losses_and_weights() -> None:
-    runs = []
-    for _ in range(2):
-        model, _ = build_decoder(SHORT)
-        runs.append((train(model, SHORT, on_step=lambda step, loss: None), model.state_dict()))
+def test_the_same_seed_gives_the_same_losses_and_weights(tmp_path: Path) -> None:
+    (one, losses), (other, again) = (learned(SHORT, tmp_path / name) for name in ("one", "other"))
 
-    assert runs[0][0] == runs[1][0]
-    assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+    assert losses == again
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_training_starts_at_the_entropy_of_a_guess_and_falls() -> None:
+def test_every_question_is_read_whole_and_once_with_a_loss_on_its_answer(tmp_path: Path) -> None:
+    write_task(SHORT, tmp_path)
+    learn(SHORT, tmp_path)
+    shards = Shards.open(tmp_path / "data/questions/train")
+
+    texts = [decode(tokens.tolist()[:-1]) for tokens, _ in shards.documents()]
+    wanted = [decode(tokens[loss == 1].tolist()) for tokens, loss in shards.documents() if loss is not None]
+
+    questions = [text.partition(">")[0] for text in texts]
+    assert len(set(questions)) == SHORT.steps * SHORT.batch_size
+    assert {len(text) for text in texts} == {len("31415926>11234569\n")}
+    assert wanted == ["".join(sorted(question)) + "\n" for question in questions]
+
+
+def test_training_starts_at_the_entropy_of_a_guess_and_falls(tmp_path: Path) -> None:
     recipe = Recipe(steps=25, batch_size=32, hidden_size=48, intermediate_size=64, warmup_steps=5)
-    model, _ = build_decoder(recipe)
 
-    losses = train(model, recipe, on_step=lambda step, loss: None)
+    _, losses = learned(recipe, tmp_path)
 
-    # ln 12: twelve characters, none of them known to be likelier.
-    assert losses[0] == pytest.approx(2.485, abs=0.15)
+    # ln 13: twelve characters and an end, none of them known to be likelier.
+    assert losses[0] == pytest.approx(2.565, abs=0.15)
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -112,7 +131,7 @@ def test_the_ratio_compares_medians_of_alternating_steps() -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_that_stock_transformers_cannot_read_is_one_line(tmp_path: Path) -> None:
-    model, _ = build_decoder(SHORT)
+    model = LlamaForCausalLM(SHORT.model_config())
     (tmp_path / "stock").mkdir()
 
     with pytest.raises(UserError, match="stock transformers cannot read it"):

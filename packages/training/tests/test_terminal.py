@@ -2,7 +2,7 @@
 
 import pytest
 
-from wrinklefree.terminal import ProgressLine, curve, megabytes, table
+from wrinklefree.terminal import curve, megabytes, table
 
 
 def test_columns_are_aligned_and_numbers_stand_to_the_right() -> None:
@@ -41,15 +41,3 @@ def test_a_flat_curve_and_a_single_value_are_drawn() -> None:
 
 def test_many_values_become_as_many_columns_as_there_is_room() -> None:
     assert curve([float(value) for value in range(1, 1001)], width=10).splitlines()[-1].count("─") == 10
-
-
-def test_a_pipe_gets_a_line_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = ProgressLine(40, label="train", tokens_per_step=100)
-
-    for step in range(1, 41):
-        progress.update(step, f"loss {1 / step:.3f}")
-
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10
-    assert "20/40  loss 0.050" in lines[4]
-    assert lines[-1].endswith("eta 0 s")

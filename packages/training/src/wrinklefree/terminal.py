@@ -58,38 +58,6 @@ def curve(values: Sequence[float], *, width: int = 60, height: int = 6, indent: 
     return "\n".join([*lines, f"{'':>{indent + 6}} └{'─' * len(columns)} {len(values)} steps"])
 
 
-class ProgressLine:
-    """One line that is rewritten in a terminal, and a line every tenth of the way elsewhere."""
-
-    def __init__(self, total: int, *, label: str, tokens_per_step: int) -> None:
-        self.total = total
-        self.label = label
-        self.tokens_per_step = tokens_per_step
-        self._started = time.monotonic()
-        self._printed_tenth = 0
-        self._printed_at = 0.0
-        self._in_terminal = sys.stdout.isatty()
-
-    def update(self, done: int, text: str) -> None:
-        """Show that `done` of `total` are done."""
-        tenth = done * 10 // self.total
-        if self._in_terminal and (done == self.total or time.monotonic() - self._printed_at > 0.1):
-            self._printed_at = time.monotonic()
-            end = "\n" if done == self.total else ""
-            print(f"\r\x1b[2K{self._line(done, text)}", end=end, flush=True)
-        elif not self._in_terminal and tenth > self._printed_tenth:
-            self._printed_tenth = tenth
-            print(self._line(done, text), flush=True)
-
-    def _line(self, done: int, text: str) -> str:
-        filled = done * 20 // self.total
-        seconds_per_step = (time.monotonic() - self._started) / max(done, 1)
-        rate = f"{self.tokens_per_step / max(seconds_per_step, 1e-9) / 1000:.1f}k tokens/s"
-        eta = f"{seconds_per_step * (self.total - done):.0f} s"
-        bar = "━" * filled + "╌" * (20 - filled)
-        return f"  {self.label} {bar} {done:>{len(str(self.total))}}/{self.total}  {text}  {rate}  eta {eta}"
-
-
 class LiveLine:
     """In a terminal the last line, rewritten below whatever else is printed; elsewhere plain lines."""
 

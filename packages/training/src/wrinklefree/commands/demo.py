@@ -1,8 +1,8 @@
 """`wrinklefree demo`: the whole way on a decoder small enough to train while one watches, offline.
 
-    build ternary ─► train on a generated task ─► answer fresh questions
-                                                          │
-    time a step ◄─ weigh ◄─ reload with stock transformers ◄─ save
+    write a task ─► the trainer: convert, train, checkpoint ─► answer fresh questions
+                                                                        │
+              time a step ◄─ weigh ◄─ reload with stock transformers ◄─ save
 
 Every number it prints is measured in this run. It ends with an error when the decoder did not learn, or does
 not survive saving.
@@ -16,20 +16,21 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from bitnet_arch import load_bitnet, save_bitnet
 from bitnet_serving import read_sizes
-from data_handler.sorting import ANSWER_LENGTH, HELD_OUT, PROMPT_LENGTH
+from data_handler.sorting import HELD_OUT
 from durable import ExitCode, UserError
 from wrinklefree.commands.convert import check_target
 from wrinklefree.demo.answers import Answers, answer_fresh_questions, require
 from wrinklefree.demo.block_speed import compare_step_speed
-from wrinklefree.demo.recipe import Recipe, build_decoder, train
+from wrinklefree.demo.recipe import SAMPLE_LENGTH, Recipe, learn, write_task
 from wrinklefree.demo.stock import read_with_stock_transformers
-from wrinklefree.terminal import ProgressLine, curve, megabytes, table
+from wrinklefree.runs import read_metrics
+from wrinklefree.terminal import curve, megabytes, table
+from wrinklefree.training.run_directory import FINAL
 
-SAMPLE_LENGTH = PROMPT_LENGTH + ANSWER_LENGTH
 NUM_QUESTIONS = 100
 NUM_RIGHT_NEEDED = 90
 CPU_SECONDS_ALLOWED = 120
@@ -42,27 +43,28 @@ def demo(*, keep: Path | None, recipe: Recipe | None = None) -> None:
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     with _directory(keep) as directory:
-        model = _learn(recipe)
+        model = _learn(recipe, directory)
         answers = _answer(model, recipe)
-        _save(model, recipe, directory)
+        _save(model, directory)
         _reload(model, answers, directory)
         _weigh(directory)
         _time(recipe)
         print(f"\n{f'kept {directory}' if keep else 'nothing kept (--keep DIR does)'}; {_cpu_seconds()}")
 
 
-def _learn(recipe: Recipe) -> LlamaForCausalLM:
-    model, report = build_decoder(recipe)
+def _learn(recipe: Recipe, directory: Path) -> PreTrainedModel:
     print("A ternary decoder learns to sort eight digits: 31415926>11234569\n")
-    print(f"model  {report}")
-    progress = ProgressLine(recipe.steps, label="train", tokens_per_step=recipe.batch_size * SAMPLE_LENGTH)
-    losses = train(model, recipe, on_step=lambda step, loss: progress.update(step, f"loss {loss:.4f}"))
+    write_task(recipe, directory)
+    result = learn(recipe, directory)
+    if result.exit_code:
+        raise SystemExit(result.exit_code)  # somebody asked the run to stop
+    losses = [row["loss"] for row in read_metrics(result.directory / "metrics.jsonl")]
     print("\nloss, every weight in {-1, 0, +1} from the first step on")
     print(curve(losses))
-    return model
+    return load_bitnet(result.directory / "checkpoints" / FINAL)
 
 
-def _answer(model: LlamaForCausalLM, recipe: Recipe) -> Answers:
+def _answer(model: PreTrainedModel, recipe: Recipe) -> Answers:
     answers = answer_fresh_questions(model, seed=recipe.seed, count=NUM_QUESTIONS)
     print(f"\nfresh questions, none of them among the {recipe.steps * recipe.batch_size:,} of the training")
     assert recipe.steps * recipe.batch_size <= HELD_OUT
@@ -73,15 +75,13 @@ def _answer(model: LlamaForCausalLM, recipe: Recipe) -> Answers:
     return answers
 
 
-def _save(model: LlamaForCausalLM, recipe: Recipe, directory: Path) -> None:
+def _save(model: PreTrainedModel, directory: Path) -> None:
     save_bitnet(model, directory / "training", layout="training")
     save_bitnet(model, directory / "stock", layout="stock")
     save_bitnet(model, directory / "packed", layout="stock", packed=True)
-    # What the same decoder weighs as it is usually stored.
-    LlamaForCausalLM(recipe.model_config()).bfloat16().save_pretrained(directory / "dense")
 
 
-def _reload(model: LlamaForCausalLM, answers: Answers, directory: Path) -> None:
+def _reload(model: PreTrainedModel, answers: Answers, directory: Path) -> None:
     print("\nsaved and read back")
     again = load_bitnet(directory / "training")
     same = all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

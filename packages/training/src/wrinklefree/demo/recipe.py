@@ -1,18 +1,30 @@
-"""The demo's decoder and its training: ternary from the first step (λ = 1), on questions that never repeat.
+"""The demo's task as files, and the run that learns it: ternary from the first step, no question twice.
 
-Shapes: B questions, T = 18 tokens, V = 12 characters.
+random Llama, tokenizer of 12 characters ─┐
+questions with answers, as chats ─────────┴─► the trainer, as `wrinklefree train` runs it ─► checkpoint
 """
 
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+import yaml
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bitnet_arch import ConversionConfig, ConversionReport, convert_to_bitnet
-from data_handler.sorting import CHARACTERS, IGNORED_LABEL, Batch, sorting_batch
+from data_handler.sorting import ANSWER_LENGTH, CHARACTERS, PROMPT_LENGTH, decode, sorting_batch
+from wrinklefree.config import load_config
+from wrinklefree.run import RunResult, run
+
+END = "<end>"
+"""Between documents; an answer ends with its newline."""
+SAMPLE_LENGTH = PROMPT_LENGTH + ANSWER_LENGTH + len([END])
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}{{ '>' if m['role'] == 'user' else '\n' }}{% endfor %}"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +43,7 @@ class Recipe:
 
     def model_config(self) -> LlamaConfig:
         return LlamaConfig(
-            vocab_size=len(CHARACTERS),
+            vocab_size=len([*CHARACTERS, END]),
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.num_layers,
@@ -40,46 +52,63 @@ class Recipe:
             tie_word_embeddings=True,
             max_position_embeddings=64,
             bos_token_id=None,
-            eos_token_id=CHARACTERS.index("\n"),
+            eos_token_id=len(CHARACTERS),
         )
 
-    def learning_rate_at(self, step: int) -> float:
-        """Warm up, then fall to zero in a straight line."""
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * (1 - step / self.steps)
+    def overrides(self, directory: Path) -> list[str]:
+        """What `wrinklefree train` is told."""
+        return [
+            "training=base",
+            "experiment_name=demo",
+            f"output_dir={directory}",
+            f"seed={self.seed}",
+            "model.name=sorter",
+            f"model.pretrained_name={directory / 'dense'}",
+            f"data.config_name={directory / 'data.yaml'}",
+            f"data.directory={directory / 'data'}",
+            f"training.max_seq_length={SAMPLE_LENGTH}",
+            f"training.batch_size={self.batch_size}",
+            "training.gradient_accumulation_steps=1",
+            f"training.max_steps={self.steps}",
+            "training.auto_convert.subln=output",
+            "training.subln_warmup.enabled=false",
+            "training.optimizer.type=adamw",
+            f"training.optimizer.lr={self.learning_rate}",
+            "training.optimizer.adam_betas=[0.9,0.98]",
+            "training.optimizer.weight_decay=0",
+            "training.scheduler.type=linear",
+            f"training.scheduler.warmup_steps={min(self.warmup_steps, self.steps - 1)}",
+            "training.validation.num_batches=0",
+            f"training.logging.log_interval={max(1, self.steps // 8)}",
+        ]
 
 
-def build_decoder(recipe: Recipe) -> tuple[LlamaForCausalLM, ConversionReport]:
-    """A Llama with random weights, ternary, with SubLN where the paper puts it."""
+def write_task(recipe: Recipe, directory: Path) -> None:
+    """A dense model with random weights, its tokenizer, and every question of the run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = LlamaForCausalLM(recipe.model_config())
-    return model, convert_to_bitnet(model, ConversionConfig(subln="output"))
+    model.bfloat16().save_pretrained(directory / "dense")
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate([*CHARACTERS, END])}))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, chat_template=CHAT_TEMPLATE
+    ).save_pretrained(directory / "dense")
+    samples = sorting_batch(recipe.seed, 0, recipe.steps * recipe.batch_size).input_ids
+    with (directory / "questions.jsonl").open("w", encoding="utf-8") as file:
+        for question, answer in (decode(row).rstrip("\n").split(">") for row in samples.tolist()):
+            said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": said}) + "\n")
+    source = {
+        "format": "jsonl",
+        "path": str(directory / "questions.jsonl"),
+        "messages_field": "messages",
+        "answers_only": True,
+    }
+    data = {"name": "sorting", "sources": {"questions": source}}
+    (directory / "data.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
 
 
-def train(model: LlamaForCausalLM, recipe: Recipe, *, on_step: Callable[[int, float], None]) -> list[float]:
-    """Train on questions 0, 1, 2, …; the loss of every step."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
-    )
-    losses = []
-    model.train()
-    for step in range(recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate_at(step)
-        loss = answer_loss(model, sorting_batch(recipe.seed, step * recipe.batch_size, recipe.batch_size))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        on_step(step + 1, losses[-1])
-    model.eval()
-    return losses
-
-
-def answer_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the answers; the head runs on their positions only."""
-    hidden_BTH = model.model(input_ids=batch.input_ids[:, :-1], use_cache=False).last_hidden_state
-    targets_BT = batch.labels[:, 1:]
-    wanted_BT = targets_BT != IGNORED_LABEL
-    return F.cross_entropy(model.lm_head(hidden_BTH[wanted_BT]), targets_BT[wanted_BT])
+def learn(recipe: Recipe, directory: Path) -> RunResult:
+    """Train on the task of this directory."""
+    return run(load_config(recipe.overrides(directory)))
