@@ -274,10 +274,10 @@ def _exit_code(arguments: list[str], *, debug: bool) -> int:
 
 def _report(error: Exception, *, debug: bool) -> int:
     """Print one line about an error, with its traceback in front if asked for; the exit code to end with."""
-    from durable import UserError, error_line
+    from durable import UserError, error_line, mask_secrets
 
     if debug:
-        traceback.print_exception(error)
+        print(mask_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     if isinstance(error, typer.TyperException):
         error = _usage_error(error)
     if isinstance(error, UserError):

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from durable import publish_file
+from durable import mask_secrets, publish_file
 from wrinklefree.runs import METRICS_VERSION, read_metrics
 
 NOT_IN_CSV = ("kind", "version", "samples")
@@ -119,7 +119,9 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """json has no NaN; what is not finite is written as its name."""
+    """json has no NaN; what is not finite is written as its name. Secrets are masked."""
+    if isinstance(value, str):
+        return mask_secrets(value)
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     if isinstance(value, Mapping):
