@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from wrinklefree.lightning.module import WrinkleFreeLightningModule
 from wrinklefree.objectives import ManagerOutput, ObjectiveManager
 from wrinklefree.run import RunResult, run
 from wrinklefree.runs import read_metrics
+from wrinklefree.training.data import PreparedData, prepare_data
 from wrinklefree.training.run_directory import RunDirectory
 
 SMALL = [
@@ -394,3 +397,27 @@ def _flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def test_a_run_waits_for_data_that_another_is_preparing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "so it begins"}\n' * 20)
+    source = f"{{path: {tmp_path / 'a.jsonl'}, weight: 1}}"
+    (tmp_path / "own.yaml").write_text(f"name: own\nsources: {{a: {source}}}\n")
+    there = tmp_path / "shards"
+    there.mkdir()
+    config = load_config([*SMALL, f"data.config_name={tmp_path / 'own.yaml'}", f"data.directory={there}"])
+    found: list[PreparedData] = []
+    caplog.set_level("INFO")
+    waiting = threading.Thread(target=lambda: found.append(prepare_data(config)))
+
+    with lock(there):
+        waiting.start()
+        while "waiting for a" not in caplog.text:
+            assert waiting.is_alive()
+            time.sleep(0.01)
+        assert not (there / "a").exists()
+    waiting.join(timeout=60)
+
+    assert found[0].absent() == []

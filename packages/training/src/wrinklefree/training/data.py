@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ from data_handler import MixtureSchedule, TrainingLoader
 from data_handler.config import DataConfig, load_data_config
 from data_handler.probes import Probe
 from data_handler.shards import read_header
+from durable import ExitCode, UserError, error_line
 from wrinklefree.config.schema import RunConfig
 from wrinklefree.training.student import tokenizer_name
 
 logger = logging.getLogger(__name__)
+_WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,12 @@ class PreparedData:
 
     config: DataConfig
     directory: Path
+
+    def absent(self) -> list[str]:
+        """Sources that are still to be prepared."""
+        return [
+            name for name in self.config.weights if not (self.directory / name / "manifest.json").is_file()
+        ]
 
     def train_dirs(self) -> dict[str, Path]:
         return {name: self.directory / name / "train" for name in self.config.weights}
@@ -53,15 +62,28 @@ def prepare_data(config: RunConfig) -> PreparedData:
     else:
         directory = shared_directory() / f"{data_config.name}-{load_encoder(name).fingerprint[:12]}"
     prepared = PreparedData(data_config, directory)
-    absent = [
-        source for source in data_config.weights if not (directory / source / "manifest.json").is_file()
-    ]
-    if absent:
-        from data_handler.prepare import prepare
-
-        logger.info("preparing %s into %s", ", ".join(absent), directory)
-        prepare(data_config, directory, tokenizer=name)
+    if prepared.absent():
+        _prepare(prepared, name)
     return prepared
+
+
+def _prepare(wanted: PreparedData, tokenizer: str) -> None:
+    """Runs share their data: who comes while another prepares it waits for that."""
+    from data_handler.prepare import prepare
+
+    is_waiting = False
+    while absent := wanted.absent():
+        try:
+            prepare(wanted.config, wanted.directory, tokenizer=tokenizer)
+        except UserError as error:
+            if error.exit_code != ExitCode.BUSY:
+                raise
+            if not is_waiting:
+                logger.info("waiting for %s: %s", ", ".join(absent), error_line(error))
+            is_waiting = True
+            time.sleep(_WAIT_SECONDS)
+        else:
+            return
 
 
 def shared_directory() -> Path:
