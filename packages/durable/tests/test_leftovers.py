@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from durable import UserError, leftovers, publish, recover, verify
+from durable import UserError, leftovers, newest_complete, publish, recover, verify, withdraw
 
 FORKING_WRITER = """
 import os, sys
@@ -184,3 +184,39 @@ def test_a_link_named_like_a_leftover_is_not_followed(tmp_path: Path) -> None:
 
     assert (tmp_path / "precious" / "file").exists()
     assert (tmp_path / dead_name("tmp")).is_symlink()
+
+
+DYING_REMOVER = """
+import os, sys
+from durable import withdraw
+real, left = os.unlink, int(sys.argv[2])
+def dies(*arguments, **named):
+    global left
+    if left == 0:
+        os._exit(9)
+    left -= 1
+    real(*arguments, **named)
+os.unlink = os.remove = dies
+withdraw(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("files_before", [0, 1, 2])
+def test_what_is_withdrawn_by_a_process_that_dies_is_never_seen_in_part(
+    files_before: int, tmp_path: Path
+) -> None:
+    for name in ("step_1", "step_2"):
+        with publish(tmp_path / name) as temporary:
+            (temporary / "a").write_bytes(b"1")
+            (temporary / "b").write_bytes(b"2")
+
+    command = [sys.executable, "-c", DYING_REMOVER, str(tmp_path / "step_1"), str(files_before)]
+    assert subprocess.run(command, check=False).returncode == 9
+
+    assert not (tmp_path / "step_1").exists()
+    assert newest_complete(tmp_path).skipped == ()
+    assert len(list(tmp_path.iterdir())) == 2
+    recover(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
+    withdraw(tmp_path / "step_2")
+    assert list(tmp_path.iterdir()) == []

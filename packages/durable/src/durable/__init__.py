@@ -5,7 +5,7 @@
         with publish(run_dir / "checkpoints" / "step_000500", metadata={"step": 500}) as tmp:
             (tmp / "model.safetensors").write_bytes(weights)  # under its name when all of it is on disk
 
-Writing   `publish` a directory or `publish_file`; `recover` tidies up after writers that died.
+Writing   `publish` a directory or `publish_file`, `withdraw` it; `recover` tidies up after writers that died.
 Reading   `verify` checks every byte of a directory, `newest_complete` finds one that passes,
           `read_manifest` reads its list of files and nothing else.
 Sharing   `lock` a directory.
@@ -13,7 +13,7 @@ Errors    `UserError` with an `ExitCode`; `error_line` is what a command prints;
 """
 
 from durable.errors import ExitCode, UserError, error_line
-from durable.leftovers import recover
+from durable.leftovers import recover, withdraw
 from durable.lock import LOCK_NAME, lock
 from durable.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from durable.masking import mask_secrets
@@ -39,4 +39,5 @@ __all__ = [
     "read_manifest",
     "recover",
     "verify",
+    "withdraw",
 ]

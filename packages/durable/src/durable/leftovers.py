@@ -65,6 +65,17 @@ def discard(temporary: Path, target: Path) -> None:
         _ours.discard(temporary.name)
 
 
+def withdraw(target: str | os.PathLike[str]) -> None:
+    """Remove what was published: whenever the process dies, it is there whole or not at all."""
+    path = Path(target)
+    aside = _new_name(path)
+    try:
+        path.rename(aside)
+        _remove(aside)
+    finally:
+        _ours.discard(aside.name)
+
+
 def recover(parent: str | os.PathLike[str], *, exclusive: bool = False) -> None:
     """Put back what interrupted replacements set aside in `parent`, then remove what dead writers left.
 

@@ -7,13 +7,21 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from durable import ExitCode, UserError, lock, newest_complete, read_manifest, recover, verify
+from durable import (
+    ExitCode,
+    UserError,
+    lock,
+    newest_complete,
+    read_manifest,
+    recover,
+    verify,
+    withdraw,
+)
 from wrinklefree.config.schema import RunConfig, Stage
 from wrinklefree.training.fetching import PICKLES, fetched, padded_step, pickle_refused
 
@@ -86,7 +94,10 @@ class RunDirectory:
         older = [path for path in steps if path.name <= newest.name]
         for path in older[:-keep_last_n]:
             if path not in waiting:
-                shutil.rmtree(path)
+                try:
+                    withdraw(path)
+                except OSError as error:
+                    logger.warning("%s: an old checkpoint cannot be removed (%s)", path, error.strerror)
 
 
 def step_of(checkpoint: Path) -> int:
