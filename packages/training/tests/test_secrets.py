@@ -84,8 +84,8 @@ def test_no_secret_is_in_any_line_or_file(
     assert "seed 42 → 7" in refused
     for shown in (("runs", "show", run_dir), ("runs", "diff", run_dir, run_dir), ("runs", "list", tmp_path)):
         command(*shown, code=0)
-    for shown in (("config", "show"), ("config", "validate"), ("train", "--print-config")):
-        command(*shown, *arguments, code=0)
+    for parts in (("config", "show"), ("config", "validate"), ("train", "--print-config")):
+        command(*parts, *arguments, code=0)
     command("train", f"training.optimizer.lr=https://bob:{IN_URL}@b", code=2)
 
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -19,6 +19,7 @@ from wrinklefree.training.ending import why_over
 from wrinklefree.training.ranks import joined_ranks
 from wrinklefree.training.recording import recorded
 from wrinklefree.training.run_directory import FINAL, RunDirectory
+from wrinklefree.training.running_out import memory_explained, warn_about_room
 from wrinklefree.training.signals import StopFlag, watched_signals
 from wrinklefree.training.starting import identity, samples_per_step, starting_point
 from wrinklefree.training.student import build_models
@@ -46,6 +47,7 @@ def run(config: RunConfig) -> RunResult:
     manager = create_objective_manager(training.objectives, curriculum)
     require_wandb(training.logging.wandb)
     with ExitStack() as closing:
+        closing.enter_context(memory_explained(config))
         ranks = closing.enter_context(joined_ranks(config.distributed))
         if ranks.is_first:
             closing.enter_context(directory.held())
@@ -82,7 +84,10 @@ def run(config: RunConfig) -> RunResult:
         module = WrinkleFreeLightningModule.of(config, models, manager, stop_flag)
         models = replace(models, teacher=None)  # the module alone holds it, and may let it go
 
-        writer = closing.enter_context(recorded(config, directory, data)) if ranks.is_first else None
+        writer = None
+        if ranks.is_first:
+            warn_about_room(directory.path, models.student)
+            writer = closing.enter_context(recorded(config, directory, data))
         callbacks = build_callbacks(
             config,
             directory,
