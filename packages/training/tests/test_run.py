@@ -421,3 +421,18 @@ def test_a_run_waits_for_data_that_another_is_preparing(
     waiting.join(timeout=60)
 
     assert found[0].absent() == []
+
+
+def test_an_allowed_batch_size_need_not_divide_what_was_read(tmp_path: Path) -> None:
+    train(tmp_path, "training.batch_size=1", "training.gradient_accumulation_steps=3", "training.max_steps=3")
+
+    result = train(
+        tmp_path,
+        "training.batch_size=4",
+        "training.gradient_accumulation_steps=1",
+        "training.max_steps=5",
+        "training.resume.allow=[training.batch_size,training.gradient_accumulation_steps]",
+    )
+
+    samples = [row["samples"] for row in read_metrics(result.directory / "metrics.jsonl")]
+    assert [sample for step in samples for sample in step] == list(range(3 * 3 + 2 * 4))

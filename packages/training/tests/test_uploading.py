@@ -1,6 +1,7 @@
 """Checkpoints arrive at their address whole, beside the training, and a bucket that fails stops nothing."""
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -107,10 +108,34 @@ def test_two_refusals_and_a_spoiled_file_are_tried_again(tmp_path: Path) -> None
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_what_a_short_outage_left_behind_is_copied_at_the_end(tmp_path: Path) -> None:
+    Unreliable.refusals = 3
+    copies = uploader(tmp_path)
+    copies.submit(checkpoint(tmp_path))
+    copies.wait()
+    assert list(copies.failed) == ["step_000002"]
+
+    copies.finish()
+
+    assert (copied(tmp_path, "/bucket/step_000002") / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_what_failed_and_was_replaced_by_newer_ones_is_not_missed(tmp_path: Path) -> None:
+    Unreliable.refusals = 3
+    copies = uploader(tmp_path)
+    copies.submit(checkpoint(tmp_path))
+    copies.wait()
+    shutil.rmtree(tmp_path / "step_000002")
+
+    copies.finish()
+
+    assert copies.failed == {}
+
+
 def test_a_third_failure_is_a_warning_and_a_row_without_secrets(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Unreliable.refusals = 3
+    Unreliable.refusals = 6  # three tries when it was written, three at the end
     copies = uploader(tmp_path)
 
     copies.submit(checkpoint(tmp_path))
@@ -118,7 +143,7 @@ def test_a_third_failure_is_a_warning_and_a_row_without_secrets(
         copies.finish()
 
     assert caught.value.exit_code == 5
-    (event,) = read_metrics(tmp_path / "metrics.jsonl", kind="event")
+    event, _ = read_metrics(tmp_path / "metrics.jsonl", kind="event")
     assert (event["event"], event["checkpoint"]) == ("upload_failed", "step_000002")
     assert "503" in caplog.text
     assert SECRET not in caplog.text + str(caught.value) + json.dumps(event)

@@ -51,9 +51,6 @@ def run(config: RunConfig) -> RunResult:
         ranks = closing.enter_context(joined_ranks(config.distributed))
         if ranks.is_first:
             closing.enter_context(directory.held())
-        stop_flag = StopFlag()
-        closing.enter_context(watched_signals(stop_flag))
-
         uploader = open_uploader(config, directory) if ranks.is_first else None
         if uploader is not None:
             closing.callback(uploader.wait)
@@ -67,6 +64,9 @@ def run(config: RunConfig) -> RunResult:
             return RunResult(directory.path, start.state.step, 0)
 
         data = ranks.first_then_all(lambda: prepare_data(config))
+        # Until here nothing is lost by ending at once.
+        stop_flag = StopFlag()
+        closing.enter_context(watched_signals(stop_flag))
         if start is not None:
             start.require_same_data(data, config)
         models = build_models(
@@ -101,6 +101,7 @@ def run(config: RunConfig) -> RunResult:
             writer=writer,
         )
         if start is not None:
+            loader.num_samples = start.state.parts["data"]["next_sample"]  # a seek there is always possible
             start.restore(config, module, callbacks.parts)
             # Steps behind us may have had another number of samples.
             steps_left = max(0, config.max_steps - module.progress.step)

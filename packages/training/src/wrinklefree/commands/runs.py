@@ -24,9 +24,9 @@ def list_runs(directory: Path) -> None:
     for run in found:
         config, rows = _config(run), _rows(run)
         last = rows[-1] if rows else None
-        state = (
-            f"step {last['step']}/{_max_steps(config)}  loss {last['loss']:.4f}" if last else "no step yet"
-        )
+        state = "no step yet"
+        if last is not None:  # a loss that is no number is written as a text
+            state = f"step {last['step']}/{_max_steps(config)}  loss {float(last['loss']):.4f}"
         print(f"{run}  {config['model']['name']}  {state}")
 
 

@@ -49,7 +49,8 @@ def with_fitting_batch(
     samples = training.batch_size * training.gradient_accumulation_steps
     found = ranks.shared(_read(directory / FILE, samples) if ranks.is_first else None)
     if found is None:
-        found = _search(config, models, manager, samples)
+        # One answer: ranks that cut their samples differently would read some twice and miss others.
+        found = ranks.shared(_search(config, models, manager, samples))
         if ranks.is_first:
             with publish_file(directory / FILE, replace=True) as path:
                 path.write_text(json.dumps({"samples": samples, "batch_size": found}) + "\n")
@@ -112,7 +113,7 @@ class Trial:
         autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16"
         )
-        with _unchanged(student):
+        with _unchanged(student), _all_weighed(self.manager):
             with autocast:
                 counts = self.manager.counts(batch)
                 output = self.manager.step(student, Teacher(teacher) if teacher else None, batch, counts)
@@ -168,7 +169,7 @@ def _search(config: RunConfig, models: Models, manager: ObjectiveManager, sample
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: what the system says, and what its container allows."""
+    """Bytes that this process may still take: its part of what the system says, and its container allows."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
@@ -177,7 +178,18 @@ def available_memory() -> int:
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
     if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
         free = min(free, int(most) - int(used.read_text()))
-    return max(0, free)
+    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def _all_weighed(manager: ObjectiveManager) -> Iterator[None]:
+    """Each objective is computed, as in the heaviest phase that a curriculum may have."""
+    weights = dict(manager.weights)
+    manager.set_weights(dict.fromkeys(weights, 1.0))
+    try:
+        yield
+    finally:
+        manager.set_weights(weights)
 
 
 @contextmanager

@@ -106,7 +106,10 @@ def joined_ranks(config: DistributedConfig) -> Iterator[Ranks]:
             print("distributed=fsdp_multi: there is one process, so nothing is sharded", flush=True)
         yield Ranks()
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before the first collective
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_seconds))
     neighbours = Neighbours.gathered(rank, world_size)
     try:

@@ -36,7 +36,7 @@ PREDECESSORS = {
     Stage.lrc: (Stage.stage3, Stage.stage2, Stage.stage1_9, Stage.stage1),
 }
 """Whose model a stage takes, the nearest first. The others start from the pretrained model."""
-OF_DIRECTORY = ("best", "early_stopping")
+OF_DIRECTORY = ("best", "early_stopping", "ternary")
 """Parts of a checkpoint that say something of its own run directory."""
 
 
@@ -97,7 +97,7 @@ class StartingPoint:
             join_state(module.optimizer, self.state.tensors, self.state.optimizer, with_options=False)
         configured = dict(module.progress.ramp_steps)
         if self.is_own or wanted.load_training_state:
-            # Which step was the best is known of this directory only.
+            # Which step was the best, say, is known of this directory only.
             known = (
                 parts if self.is_own else {name: parts[name] for name in parts if name not in OF_DIRECTORY}
             )

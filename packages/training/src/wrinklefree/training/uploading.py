@@ -8,12 +8,13 @@ removed. What is missing at the address when a run starts is copied then; what i
 error, since somebody counts on it being there.
 """
 
+import contextlib
 import hashlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -48,6 +49,7 @@ class Uploader:
         self.timeout_seconds, self.pause_seconds = timeout_seconds, pause_seconds
         self.failed: dict[str, str] = {}
         """Name of a checkpoint → why its last copy did not succeed."""
+        self._failed_at: set[Path] = set()
         self._waiting: queue.Queue[Path] = queue.Queue()
         self._pending: list[Path] = []
         self._idle = threading.Condition()
@@ -75,13 +77,21 @@ class Uploader:
         """Until all are across or the time is over: what is not, and why."""
         with self._idle:
             self._idle.wait_for(lambda: not self._pending, timeout=self.timeout_seconds)
-            waiting = [path.name for path in self._pending]
+        return self._missing()
+
+    def _missing(self) -> dict[str, str]:
+        waiting = [path.name for path in self.pending]
         return dict.fromkeys(waiting, f"still under way after {self.timeout_seconds:.0f} s") | self.failed
 
     def finish(self) -> None:
-        """Wait; UserError (exit code 5) when something that was to be copied is not."""
-        missing = self.wait()
+        """Once more what failed and is still here; UserError (exit code 5) when something is not copied."""
+        self.wait()
+        again = [] if self.pending else list(self._failed_here())
+        for checkpoint in again:
+            self.submit(checkpoint)
+        missing = self.wait() if again else self._missing()
         if missing:
+            self.timeout_seconds = 0.0  # it was waited for
             name, reason = next(iter(missing.items()))
             raise UserError(
                 f"gcs.bucket: {len(missing)} checkpoints were not copied",
@@ -89,6 +99,14 @@ class Uploader:
                 "they are in the run directory; the same command copies what is missing",
                 ExitCode.CANNOT_WRITE,
             )
+
+    def _failed_here(self) -> Iterator[Path]:
+        """What failed; of checkpoints that newer ones have replaced by now nobody needs to hear."""
+        for checkpoint in self._failed_at:
+            if checkpoint.is_dir():
+                yield checkpoint
+            else:
+                self.failed.pop(checkpoint.name, None)
 
     def _work(self) -> None:
         while True:
@@ -113,11 +131,14 @@ class Uploader:
                 reason = mask_secrets(f"{type(error).__name__}: {text[0]}")
                 continue
             self.failed.pop(checkpoint.name, None)
+            self._failed_at.discard(checkpoint)
             return
         self.failed[checkpoint.name] = reason
+        self._failed_at.add(checkpoint)
         logger.warning("%s was not copied, tried %d times: %s", checkpoint.name, NUM_TRIES, reason)
         event = {"event": "upload_failed", "checkpoint": checkpoint.name, "reason": reason}
-        append_row(self.metrics, "event", event)
+        with contextlib.suppress(OSError):  # a full disk must not end this thread
+            append_row(self.metrics, "event", event)
 
 
 def bucket_address(config: RunConfig) -> str:
