@@ -98,11 +98,12 @@ def test_every_shipped_yaml_parses() -> None:
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
 def test_a_member_is_complete(member: Path) -> None:
     pyproject = tomllib.loads((member / "pyproject.toml").read_text())
-    package = next((member / "src").iterdir())
+    packages = [path for path in (member / "src").iterdir() if path.is_dir()]
 
     assert (member / "README.md").read_text().strip()
     assert pyproject["project"]["version"] in (member / "CHANGELOG.md").read_text()
-    assert (package / "py.typed").exists()
+    assert packages
+    assert all((package / "py.typed").exists() for package in packages)
     assert any(requirement.startswith("pytest") for requirement in pyproject["dependency-groups"]["dev"])
     assert list((member / "tests").glob("test_*.py"))
 

@@ -65,3 +65,14 @@ def test_a_long_name_keeps_its_end_and_what_is_missing_is_a_question_mark() -> N
 
     assert re.fullmatch(r"m{27}-[0-9a-f]{4}", generate_run_name(tree, max_length=32, suffix_length=4))
     assert generate_run_name({}).startswith("?-?-?-lr?-bs?-")
+
+
+def test_the_tracker_is_found_where_earlier_documents_import_it_from() -> None:
+    from benchmark.core.wandb_tracker import WandBTracker, create_inference_tracker
+
+    from wrinklefree.training import wandb_tracker
+
+    assert (WandBTracker, create_inference_tracker) == (
+        wandb_tracker.WandBTracker,
+        wandb_tracker.create_inference_tracker,
+    )
