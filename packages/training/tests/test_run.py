@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -400,7 +399,7 @@ def _flip_bit(path: Path) -> None:
 
 
 def test_a_run_waits_for_data_that_another_is_preparing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "so it begins"}\n' * 20)
     source = f"{{path: {tmp_path / 'a.jsonl'}, weight: 1}}"
@@ -409,14 +408,13 @@ def test_a_run_waits_for_data_that_another_is_preparing(
     there.mkdir()
     config = load_config([*SMALL, f"data.config_name={tmp_path / 'own.yaml'}", f"data.directory={there}"])
     found: list[PreparedData] = []
-    caplog.set_level("INFO")
+    is_waiting = threading.Event()
+    monkeypatch.setattr("wrinklefree.training.data.time.sleep", lambda seconds: is_waiting.set())
     waiting = threading.Thread(target=lambda: found.append(prepare_data(config)))
 
     with lock(there):
         waiting.start()
-        while "waiting for a" not in caplog.text:
-            assert waiting.is_alive()
-            time.sleep(0.01)
+        assert is_waiting.wait(timeout=60)
         assert not (there / "a").exists()
     waiting.join(timeout=60)
 
