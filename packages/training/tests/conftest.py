@@ -42,5 +42,13 @@ def wrinklefree(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., End
 
 @pytest.fixture(scope="session")
 def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all tests that ask for it find, or put, the prepared demo data; see `WRINKLEFREE_DATA`."""
+    """Where all tests find, or put, the prepared demo data."""
     return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_data(prepared_data: Path) -> Iterator[None]:
+    """Runs prepare it once, not once in every module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WRINKLEFREE_DATA", str(prepared_data))
+        yield

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,6 @@ WATCHED = [
     "training.samples.max_new_tokens=6",
     "training.logging.ternary_interval=2",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _shared_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WRINKLEFREE_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
 
 
 def train(output_dir: Path, *overrides: str) -> RunResult:

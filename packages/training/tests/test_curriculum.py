@@ -3,7 +3,6 @@
 import gc
 import json
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +77,6 @@ def phases(*each: tuple[float, dict[str, float]]) -> list[str]:
 BOTH_THEN_ONE = phases(
     (0.5, {"continue_pretrain": 0.5, "logits_distill": 0.5}), (1.0, {"continue_pretrain": 2.0})
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WRINKLEFREE_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
 
 
 def train(output_dir: Path, *overrides: str) -> RunResult:

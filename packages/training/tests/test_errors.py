@@ -69,8 +69,7 @@ SMALL = [
 
 
 @pytest.fixture(autouse=True)
-def _prepared(prepared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WRINKLEFREE_DATA", str(prepared_data))
+def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET", raising=False)
 
 

@@ -355,6 +355,7 @@ class Runs:
             "compiled": seen.num_compiled,
             "told W&B": told(seen.wandb_job),
             "bucket": sorted(str(path.relative_to(here)) for path in here.glob("bucket/**/*")),
+            "data": sorted(path.name for path in here.glob("empty/*")),
             **built(seen.trainer, seen.module),
             **left(directory),
         }
@@ -422,7 +423,6 @@ def left(directory: Path) -> dict[str, Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WRINKLEFREE_DATA", str(tmp_path_factory.mktemp("data")))
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
         yield Runs(tmp_path_factory.mktemp("runs"))
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,6 @@ SMALL = [
     "training.checkpoint.save_interval=2",
     "training.logging.log_interval=100",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _shared_data(prepared_data: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WRINKLEFREE_DATA", str(prepared_data))
-        yield
 
 
 def train(output_dir: Path, *overrides: str) -> RunResult:

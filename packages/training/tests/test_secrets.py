@@ -23,10 +23,9 @@ ALL = [*CANARIES.values(), IN_URL, IN_EXCEPTION]
 
 
 @pytest.fixture(autouse=True)
-def _environment(prepared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WRINKLEFREE_DATA", str(prepared_data))
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 

@@ -108,11 +108,9 @@ def train(output_dir: Path, *overrides: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory: pytest.TempPathFactory, prepared_data: Path) -> Iterator[Path]:
+def without(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, with nobody watching."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WRINKLEFREE_DATA", str(prepared_data))
-        yield train(tmp_path_factory.mktemp("without"))
+    return train(tmp_path_factory.mktemp("without"))
 
 
 @pytest.mark.parametrize(("get", "post"), [(500, 500), (None, None), (200, 500), (200, None)])
