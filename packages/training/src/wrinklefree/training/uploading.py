@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -47,9 +47,8 @@ class Uploader:
         self.folder = folder
         self.metrics = metrics
         self.timeout_seconds, self.pause_seconds = timeout_seconds, pause_seconds
-        self.failed: dict[str, str] = {}
-        """Name of a checkpoint → why its last copy did not succeed."""
-        self._failed_at: set[Path] = set()
+        self.failed: dict[Path, str] = {}
+        """Checkpoint → why its last copy did not succeed."""
         self._waiting: queue.Queue[Path] = queue.Queue()
         self._pending: list[Path] = []
         self._idle = threading.Condition()
@@ -73,40 +72,31 @@ class Uploader:
         with self._idle:
             return set(self._pending)
 
-    def wait(self) -> dict[str, str]:
-        """Until all are across or the time is over: what is not, and why."""
+    def wait(self) -> None:
+        """Until nothing is under way, or the time is over."""
         with self._idle:
             self._idle.wait_for(lambda: not self._pending, timeout=self.timeout_seconds)
-        return self._missing()
-
-    def _missing(self) -> dict[str, str]:
-        waiting = [path.name for path in self.pending]
-        return dict.fromkeys(waiting, f"still under way after {self.timeout_seconds:.0f} s") | self.failed
 
     def finish(self) -> None:
-        """Once more what failed and is still here; UserError (exit code 5) when something is not copied."""
+        """Wait, and try once more what failed; UserError (exit code 5) when something here is not copied."""
         self.wait()
-        again = [] if self.pending else list(self._failed_here())
-        for checkpoint in again:
-            self.submit(checkpoint)
-        missing = self.wait() if again else self._missing()
+        if not self.pending:
+            # Of checkpoints that newer ones have replaced by now nobody needs to hear.
+            self.failed = {path: reason for path, reason in self.failed.items() if path.is_dir()}
+            for checkpoint in list(self.failed):
+                self.submit(checkpoint)
+            self.wait()
+        late = f"still under way after {self.timeout_seconds:.0f} s"
+        missing = dict.fromkeys(self.pending, late) | self.failed
         if missing:
             self.timeout_seconds = 0.0  # it was waited for
-            name, reason = next(iter(missing.items()))
+            checkpoint, reason = next(iter(missing.items()))
             raise UserError(
                 f"gcs.bucket: {len(missing)} checkpoints were not copied",
-                f"{name}: {reason}",
+                f"{checkpoint.name}: {reason}",
                 "they are in the run directory; the same command copies what is missing",
                 ExitCode.CANNOT_WRITE,
             )
-
-    def _failed_here(self) -> Iterator[Path]:
-        """What failed; of checkpoints that newer ones have replaced by now nobody needs to hear."""
-        for checkpoint in self._failed_at:
-            if checkpoint.is_dir():
-                yield checkpoint
-            else:
-                self.failed.pop(checkpoint.name, None)
 
     def _work(self) -> None:
         while True:
@@ -130,11 +120,9 @@ class Uploader:
                 text = str(error).splitlines() or [""]
                 reason = mask_secrets(f"{type(error).__name__}: {text[0]}")
                 continue
-            self.failed.pop(checkpoint.name, None)
-            self._failed_at.discard(checkpoint)
+            self.failed.pop(checkpoint, None)
             return
-        self.failed[checkpoint.name] = reason
-        self._failed_at.add(checkpoint)
+        self.failed[checkpoint] = reason
         logger.warning("%s was not copied, tried %d times: %s", checkpoint.name, NUM_TRIES, reason)
         event = {"event": "upload_failed", "checkpoint": checkpoint.name, "reason": reason}
         with contextlib.suppress(OSError):  # a full disk must not end this thread
