@@ -32,7 +32,6 @@ FRESH = [f"training.resume.load_{what}_state=false" for what in ("optimizer", "s
 @pytest.fixture(scope="module", autouse=True)
 def _own_places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WRINKLEFREE_DATA", str(tmp_path_factory.mktemp("data")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("RESUME_CHECKPOINT", raising=False)
         yield
@@ -133,15 +132,23 @@ def test_what_changed_at_its_address_is_copied_again(remote: str, tmp_path: Path
     assert (found / "model.safetensors").read_bytes() == b"new"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", bytes([11]) * 1000, "model.safetensors is not what its manifest says"),
+        ("manifest.json", b'{"files": [', "manifest.json"),
+    ],
+)
 def test_a_damaged_one_is_skipped_and_when_it_was_named_refused(
-    remote: str, caplog: pytest.LogCaptureFixture
+    name: str, content: bytes, said: str, remote: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with fsspec.open(f"{remote}/checkpoints/step_000010/model.safetensors", "wb") as file:
-        file.write(bytes([11]) * 1000)
+    with fsspec.open(f"{remote}/checkpoints/step_000010/{name}", "wb") as file:
+        file.write(content)
 
     assert step_of(find_checkpoint(remote)) == 5
-    assert "step_000010: model.safetensors is not what its manifest says" in caplog.text
-    with pytest.raises(UserError, match="is not what its manifest says") as caught:
+    assert "skipped a damaged checkpoint" in caplog.text
+    assert said in caplog.text
+    with pytest.raises(UserError, match=said) as caught:
         find_checkpoint(f"{remote}/checkpoints/step_000010")
     assert caught.value.exit_code == 4
 

@@ -11,6 +11,7 @@ from wrinklefree.masking import masked
 from wrinklefree.runs import read_metrics
 from wrinklefree.terminal import megabytes
 from wrinklefree.training.resuming import differences
+from wrinklefree.training.run_directory import BEST
 from wrinklefree.training.run_fingerprint import read_fingerprint
 
 NAME_A_RUN = "name the directory of a run; `wrinklefree runs list OUTPUT_DIR` prints them"
@@ -46,7 +47,7 @@ def show(run: Path) -> None:
         print(f"step {last['step']}/{_max_steps(config)}, loss {last['loss']!r}, {last['tokens']:,} tokens")
     events = _rows(run, "event")
     print(f"resumed {sum(row['event'] == 'resumed' for row in events)} times, skipped {_skipped(rows)} steps")
-    newest = newest_complete(run / "checkpoints")
+    newest = newest_complete(run / "checkpoints", ignore=(BEST,))
     print(f"newest checkpoint that verifies: {newest.path.name if newest.path else 'none'}")
     for skipped in newest.skipped:
         print(f"damaged: {skipped.reason}")

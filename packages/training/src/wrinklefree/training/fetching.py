@@ -10,7 +10,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 PICKLES = (".pt", ".ckpt", ".bin", ".pth")
 
 
-def fetched(address: str, *, key: str) -> Path:
+def fetched(address: str, *, key: str, ignore: Collection[str] = ()) -> Path:
     """The copy of the checkpoint at an address; UserError (exit code 4) when there is none that is whole.
 
-    `key` is what the person wrote the address for.
+    `key` is what the person wrote the address for. Of several there, those named in `ignore` do not count.
     """
-    found = fetched_if_any(address, key=key)
+    found = fetched_if_any(address, key=key, ignore=ignore)
     if found is None:
         raise UserError(f"{key}: holds no checkpoint", address, exit_code=ExitCode.BAD_DATA)
     return found
 
 
-def fetched_if_any(address: str, *, key: str) -> Path | None:
+def fetched_if_any(address: str, *, key: str, ignore: Collection[str] = ()) -> Path | None:
     """The same; None where nobody put a checkpoint."""
     with _one_line(key, address):
         filesystem, path = fsspec.core.url_to_fs(address)
@@ -44,15 +44,14 @@ def fetched_if_any(address: str, *, key: str) -> Path | None:
             if filesystem.isfile(str(place)):
                 raise pickle_refused(address)
             place = place.parent
-        damage = []
-        for remote, manifest in _candidates(filesystem, place):
+        damage: list[UserError] = []
+        for remote, manifest in _candidates(filesystem, place, ignore, damage):
             try:
                 return _copied(filesystem, remote, manifest, filesystem.unstrip_protocol(str(remote)))
             except UserError as error:
                 if error.exit_code != ExitCode.BAD_DATA:
                     raise
-                logger.warning("skipped a damaged checkpoint: %s", error.problem)
-                damage.append(error)
+                _skip(error, damage)
         if damage:
             raise damage[0]
         return None
@@ -73,17 +72,28 @@ def padded_step(name: str) -> str:
     return f"step_{int(number):06d}" if word == "step" and number.isdigit() else name
 
 
-def _candidates(filesystem: Any, place: PurePosixPath) -> list[tuple[PurePosixPath, Manifest]]:
-    """The checkpoint at a place, or those below it, the newest first."""
+def _candidates(
+    filesystem: Any, place: PurePosixPath, ignore: Collection[str], damage: list[UserError]
+) -> list[tuple[PurePosixPath, Manifest]]:
+    """The checkpoint at a place, or those below it, the newest first; `damage` gets what is none."""
     for itself in dict.fromkeys([place, place.with_name(padded_step(place.name))] if place.name else [place]):
         if filesystem.isfile(str(itself / MANIFEST_NAME)):
             return [(itself, _manifest(filesystem, itself))]
     folder = place / "checkpoints" if filesystem.isdir(str(place / "checkpoints")) else place
     listed = filesystem.ls(str(folder), detail=False) if filesystem.isdir(str(folder)) else []
-    found = [PurePosixPath(entry) for entry in listed]
-    whole = [each for each in found if filesystem.isfile(str(each / MANIFEST_NAME))]
-    pairs = [(each, _manifest(filesystem, each)) for each in whole]
+    pairs = []
+    for remote in map(PurePosixPath, listed):
+        if remote.name not in ignore and filesystem.isfile(str(remote / MANIFEST_NAME)):
+            try:
+                pairs.append((remote, _manifest(filesystem, remote)))
+            except UserError as error:
+                _skip(error, damage)
     return sorted(pairs, key=lambda pair: int(pair[1].metadata.get("step", -1)), reverse=True)
+
+
+def _skip(error: UserError, damage: list[UserError]) -> None:
+    logger.warning("skipped a damaged checkpoint: %s", error.problem)
+    damage.append(error)
 
 
 def _manifest(filesystem: Any, remote: PurePosixPath) -> Manifest:

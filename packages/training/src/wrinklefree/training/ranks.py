@@ -27,7 +27,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     _turns: Iterator[int] = field(default_factory=itertools.count)
-    """Counts what was prepared; equal on all ranks, which call alike."""
+    """Counts what was looked for; equal on all ranks, which call alike."""
 
     @property
     def is_first(self) -> bool:
@@ -38,28 +38,35 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def first_then_all(self, prepare: Callable[[], Value]) -> Value:
-        """Rank 0 prepares what lies on disk, then all find it there, however long it takes.
+    def found_by_first(self, find: Callable[[], Value]) -> Value:
+        """What rank 0 finds, on all ranks, however long it takes.
 
-        A collective would give up after `distributed.timeout_seconds`.
+        A collective alone would give up after `distributed.timeout_seconds`.
         """
-        if self.world_size > 1:
-            store, key = (
-                dist.distributed_c10d._get_default_store(),
-                f"wrinklefree/prepared/{next(self._turns)}",
+        if self.world_size == 1:
+            return find()
+        store: Any = dist.distributed_c10d._get_default_store()
+        key = f"wrinklefree/found/{next(self._turns)}"
+        if self.is_first:
+            with _told(store, key):
+                found = find()
+            return self.shared(found)
+        while not store.check([key]):
+            time.sleep(0.2)
+        if store.get(key) != DONE:
+            raise UserError(
+                "distributed: rank 0 ended before all could begin",
+                fix="look at its error",
+                exit_code=ExitCode.DISTRIBUTED,
             )
-            if self.is_first:
-                with _told(store, key):
-                    return prepare()
-            while not store.check([key]):
-                time.sleep(0.2)
-            if store.get(key) != DONE:
-                raise UserError(
-                    "distributed: rank 0 ended before all could begin",
-                    fix="look at its error",
-                    exit_code=ExitCode.DISTRIBUTED,
-                )
-        return prepare()
+        nothing: Any = None
+        received: Value = self.shared(nothing)
+        return received
+
+    def first_then_all(self, prepare: Callable[[], Value]) -> Value:
+        """Rank 0 prepares what lies on disk, then all find it there."""
+        prepared = self.found_by_first(prepare)
+        return prepared if self.is_first else prepare()
 
     def shared(self, value: Value) -> Value:
         """Rank 0's value, on all ranks."""

@@ -111,7 +111,7 @@ def find_checkpoint(path: str, *, key: str = "training.resume.checkpoint_path") 
     What lies at an address is copied here first. `key` is what the person wrote it for.
     """
     if "://" in path:
-        return fetched(path, key=key)
+        return fetched(path, key=key, ignore=(BEST,))
     given = Path(path).expanduser()
     if given.suffix in PICKLES:
         if given.is_file():

@@ -129,7 +129,7 @@ def _keep_what_arrived(progress: Progress, saved: Progress) -> None:
 def starting_point(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> StartingPoint | None:
     """None for a run that starts from the pretrained model."""
     resume = config.training.resume
-    own = ranks.shared(directory.newest() if ranks.is_first else None)
+    own = ranks.found_by_first(directory.newest)
     if own is not None:
         if not resume.auto:
             raise UserError(
@@ -152,7 +152,7 @@ def starting_point(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> 
         key, place = named
         path = ranks.first_then_all(lambda: find_checkpoint(place, key=key))
         return StartingPoint(path, read_train_state(path), Origin.named)
-    earlier = ranks.shared(_nearest_stage(config, directory) if ranks.is_first else None)
+    earlier = ranks.found_by_first(lambda: _nearest_stage(config, directory))
     return None if earlier is None else StartingPoint(earlier, read_train_state(earlier), Origin.stage)
 
 
@@ -185,7 +185,7 @@ def _newest_of(config: RunConfig, directory: RunDirectory) -> Path | None:
     path = newest_complete(directory.checkpoints, ignore=(BEST,)).or_raise().path
     if path is None and config.gcs.enabled:
         address = f"{bucket_address(config).rstrip('/')}/{run_folder(config, directory)}"
-        path = fetched_if_any(address, key="gcs.bucket")
+        path = fetched_if_any(address, key="gcs.bucket", ignore=(BEST,))
     return path
 
 
