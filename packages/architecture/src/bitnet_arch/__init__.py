@@ -15,6 +15,14 @@ from bitnet_arch.bitlinear import (
 from bitnet_arch.checkpoint import load_bitnet, load_packed, save_bitnet
 from bitnet_arch.conversion_config import ConversionConfig, HiddenAct, SubLNInit, SubLNPlacement
 from bitnet_arch.convert import ConversionReport, convert_to_bitnet
+from bitnet_arch.diffusion import (
+    BlockDiffusion,
+    add_mask_token,
+    block_diffusion_of,
+    check_mask_token,
+    set_block_diffusion,
+    start_mask_at_mean,
+)
 from bitnet_arch.lrc import BitLinearLRC, LRCInit, freeze_model_except_lrc, get_lrc_stats
 from bitnet_arch.lrc_convert import convert_bitlinear_to_lrc
 from bitnet_arch.quant import TernaryWeight, quantize_activations, quantize_weight
@@ -36,6 +44,7 @@ __all__ = [
     "BitLinearLRC",
     "BitLinearNoActivationQuant",
     "BitLinearWithWarmup",
+    "BlockDiffusion",
     "ConversionConfig",
     "ConversionReport",
     "HiddenAct",
@@ -49,8 +58,11 @@ __all__ = [
     "SubLNInit",
     "SubLNPlacement",
     "TernaryWeight",
+    "add_mask_token",
     "auto_convert_if_needed",
+    "block_diffusion_of",
     "calibrate_subln",
+    "check_mask_token",
     "convert_bitlinear_to_lrc",
     "convert_linear_to_bitlinear",
     "convert_model_to_bitnet",
@@ -67,8 +79,10 @@ __all__ = [
     "run_stage1",
     "save_bitnet",
     "set_backward_dtype",
+    "set_block_diffusion",
     "set_quant_amount",
     "set_sparsity",
     "set_subln_amount",
+    "start_mask_at_mean",
     "walk",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from bitnet_arch.diffusion import set_block_diffusion
 from bitnet_arch.finite import refuse_unusable_tensors
 from bitnet_arch.model_card import model_card
 from bitnet_arch.packed import PackedBitLinear
@@ -131,6 +132,7 @@ def load_bitnet(directory: str | os.PathLike[str]) -> PreTrainedModel:
     model = empty_model(source, record)
     make_ternary(model, record, source)
     hand_over(model, read_tensors(source, record), record, source)
+    set_block_diffusion(model, record.diffusion)
     finish(model, source)
     return model
 

@@ -1,8 +1,8 @@
 """`bitnet.json`: what the tensors of a checkpoint cannot say about a ternary model.
 
 Which modules are ternary; λ, μ and sparsity of the model, and of modules that differ; where SubLNs are, and
-their eps; the ranks of low-rank corrections; ties; how the tensors are laid out; the versions that wrote
-them.
+their eps; the ranks of low-rank corrections; what block diffusion needs; ties; how the tensors are laid out;
+the versions that wrote them.
 """
 
 import json
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from bitnet_arch.bitlinear import BitLinear, bitlinears
+from bitnet_arch.diffusion import BlockDiffusion, block_diffusion_of
 from bitnet_arch.lrc import BitLinearLRC
 from bitnet_arch.walk import ModelWalk
 from durable import ExitCode, UserError
@@ -80,6 +81,8 @@ class BitnetRecord:
     versions: dict[str, str]
     stock: StockRecord | None = None
     """Of the stock layout only."""
+    diffusion: BlockDiffusion | None = None
+    """Of models that fill in [MASK]; older files do not have it."""
 
     def settings_of(self, path: str) -> dict[str, Any]:
         """All settings of one projection."""
@@ -111,11 +114,14 @@ def read_record(directory: Path) -> BitnetRecord:
         raise _unreadable(path, f"format {content.get('format')!r} version {file_version!r}")
     try:
         subln = content["subln"]
+        content.setdefault("diffusion", None)
         values = {name: content[name] for name in BitnetRecord.__dataclass_fields__}
         values["ternary"] = tuple(values["ternary"])
         values["subln"] = SubLNRecord(**subln | {"inserted": tuple(subln["inserted"])})
         if (stock := values["stock"]) is not None:
             values["stock"] = StockRecord(**stock | {"added": tuple(stock["added"])})
+        if (diffusion := values["diffusion"]) is not None:
+            values["diffusion"] = BlockDiffusion(**diffusion)
         return BitnetRecord(**values)
     except (KeyError, TypeError) as error:
         raise _unreadable(path, f"{type(error).__name__} {error}") from None
@@ -152,6 +158,7 @@ def describe(model: nn.Module, walked: ModelWalk, *, layout: Layout, packed: boo
         ties=_ties(model),
         buffer_dtypes=_buffer_dtypes(model),
         versions=_versions(),
+        diffusion=block_diffusion_of(model),
     )
 
 

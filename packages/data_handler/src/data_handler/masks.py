@@ -8,10 +8,13 @@ same for FlexAttention, which skips the blocks that nobody sees.
 Shapes: B samples, T tokens; queries are rows, keys are columns.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Mask = TypeVar("Mask")
 
 
 def document_mask(document_ids: Tensor, *, causal: bool = True, sliding_window: int | None = None) -> Tensor:
@@ -41,8 +44,13 @@ def attention_mask(
 
     def mask(window: int | None) -> Tensor:
         allowed = document_mask(document_ids, causal=causal, sliding_window=window)
-        return _added(allowed, dtype) if is_added else allowed
+        return added_mask(allowed, dtype) if is_added else allowed
 
+    return by_layer_type(config, mask)
+
+
+def by_layer_type(config: Any, mask: Callable[[int | None], Mask]) -> Mask | dict[str, Mask]:
+    """What `mask` makes of a sliding window; a dict by layer type where layers of a model differ."""
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     window = getattr(config, "sliding_window", None)
     if not kinds:
@@ -56,7 +64,7 @@ def attention_mask(
     return {kind: mask(windows[kind]) for kind in kinds}
 
 
-def _added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def added_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """What eager attention adds. A boolean mask would be added as 0 and 1: it hides nothing."""
     zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return zeros.masked_fill_(~allowed, torch.finfo(dtype).min)
