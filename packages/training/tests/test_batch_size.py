@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from bitnet_arch.bitlinear import bitlinears
 from durable import UserError
 from wrinklefree.config import load_config
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
-from wrinklefree.objectives import ManagerOutput, ObjectiveManager, create_objective_manager
+from wrinklefree.objectives import ManagerOutput, Needs, ObjectiveManager, create_objective_manager
 from wrinklefree.run import RunResult, run
 from wrinklefree.runs import read_metrics
 from wrinklefree.training import batch_size
@@ -29,13 +28,6 @@ SMALL = [
     "training.checkpoint.save_interval=10",
     "training.logging.log_interval=100",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _shared_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WRINKLEFREE_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
 
 
 def train(output_dir: Path, *overrides: str) -> RunResult:
@@ -62,7 +54,7 @@ def test_nothing_that_fits_is_exit_2() -> None:
 
 def test_running_out_of_memory_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(SMALL)
-    models = build_models(config, checkpoint=None, needs_teacher=True, calibration=[])
+    models = build_models(config, checkpoint=None, needs=Needs(teacher_logits=True), calibration=[])
     manager, usual = create_objective_manager(config.training.objectives), ObjectiveManager.step
 
     def step(self: ObjectiveManager, *arguments: Any) -> ManagerOutput:
@@ -123,7 +115,7 @@ def test_a_run_with_the_finder_is_the_run_without_and_keeps_its_cut(
 def test_what_a_sample_keeps_is_measured(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     caplog.set_level("INFO")
     config = load_config(SMALL)
-    models = build_models(config, checkpoint=None, needs_teacher=True, calibration=[])
+    models = build_models(config, checkpoint=None, needs=Needs(teacher_logits=True), calibration=[])
     trial = Trial(config, models, create_objective_manager(config.training.objectives), torch.device("cpu"))
 
     short = trial.bytes_of_a_sample()

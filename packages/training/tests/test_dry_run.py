@@ -20,9 +20,9 @@ from bitnet_arch import convert_to_bitnet, set_quant_amount
 from bitnet_arch.testing import tiny_llama
 from wrinklefree.config import RunConfig, load_config
 from wrinklefree.objectives import create_objective_manager
-from wrinklefree.objectives.teacher import Teacher
 from wrinklefree.optimizers.build import build_optimizer
 from wrinklefree.pretrained import described_by
+from wrinklefree.teachers.local import LocalTeacher
 from wrinklefree.training.step_memory import estimated_memory, made_up_batch
 
 SMOLLM2 = LlamaConfig(
@@ -75,7 +75,7 @@ def measured_peak(run: RunConfig, dense: PreTrainedModel, *, quant_amount: float
     with counter:
         for _ in range(2):
             for _ in range(run.training.gradient_accumulation_steps):
-                output = manager.step(dense, Teacher(teacher), batch, manager.counts(batch))
+                output = manager.step(dense, LocalTeacher(teacher), batch, manager.counts(batch))
                 output.loss.backward()
                 del output
             optimizer.step()

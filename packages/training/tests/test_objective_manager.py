@@ -20,13 +20,13 @@ from wrinklefree.objectives import (
     Objective,
     ObjectiveManager,
     States,
-    Teacher,
     create_objective_manager,
 )
 from wrinklefree.objectives.states import DecoderStates
+from wrinklefree.teachers.local import LocalTeacher
 
 NUM_SAMPLES, NUM_TOKENS, VOCAB_SIZE = 8, 21, 512
-NOT_YET = ("dlm", "layerwise", "attention_distill", "bitdistill", "tcs_distill", "lrc_reconstruction")
+NOT_YET = ("layerwise", "attention_distill", "bitdistill", "tcs_distill", "lrc_reconstruction")
 BOTH = {"continue_pretrain": {"weight": 0.5}, "logits_distill": {"weight": 2.0, "temperature": 2.0}}
 
 
@@ -107,7 +107,7 @@ WEIGHTS = {"continue_pretrain": 0.5, "logits_distill": 2.0, "mean_square": 0.25}
 
 def step_gradients(batch: Batch, size: int) -> tuple[dict[str, Tensor], float]:
     """Of one optimizer step in micro-batches of `size`, at λ = 0, and the step's loss."""
-    student, teacher = tiny_llama(), Teacher(tiny_mistral(seed=1))
+    student, teacher = tiny_llama(), LocalTeacher(tiny_mistral(seed=1))
     convert_to_bitnet(student)
     set_quant_amount(student, 0.0)
     manager = ObjectiveManager(objectives(), WEIGHTS)
@@ -145,7 +145,7 @@ def test_the_loss_is_the_weighted_sum_of_means(batch: Batch) -> None:
     expected = 0.5 * entropy + 2 * divergence + 0.25 * square
     manager = ObjectiveManager(objectives(), WEIGHTS)
 
-    output = manager.step(student, Teacher(teacher), batch, manager.counts(batch))
+    output = manager.step(student, LocalTeacher(teacher), batch, manager.counts(batch))
 
     torch.testing.assert_close(output.loss.double(), expected, rtol=1e-5, atol=0)
     assert output.ce_loss is not None
@@ -161,7 +161,7 @@ def test_the_loss_is_the_weighted_sum_of_means(batch: Batch) -> None:
 
 
 def test_losses_one_by_one_combine_to_the_same_step(batch: Batch) -> None:
-    manager, teacher = ObjectiveManager(objectives(), WEIGHTS), Teacher(tiny_mistral(seed=1))
+    manager, teacher = ObjectiveManager(objectives(), WEIGHTS), LocalTeacher(tiny_mistral(seed=1))
     student, totals = tiny_llama(), manager.counts(batch)
     together = manager.step(student, teacher, batch, totals)
     together.loss.backward()
@@ -181,13 +181,13 @@ def test_a_step_without_any_label_has_zero_loss_and_zero_gradients(batch: Batch)
     manager, student = create_objective_manager(BOTH), tiny_llama()
     batch.labels.fill_(-100)
 
-    output = manager.step(student, Teacher(tiny_llama(seed=1)), batch, manager.counts(batch))
+    output = manager.step(student, LocalTeacher(tiny_llama(seed=1)), batch, manager.counts(batch))
     output.loss.backward()
 
     assert output.loss.item() == 0
     assert len(gradients(student)) == len(list(student.parameters()))
     combined = manager.combine(
-        manager.losses(student, Teacher(tiny_llama(seed=1)), batch), manager.counts(batch)
+        manager.losses(student, LocalTeacher(tiny_llama(seed=1)), batch), manager.counts(batch)
     )
     assert combined.requires_grad
     assert combined.item() == 0
@@ -241,7 +241,7 @@ def test_a_wrong_weight_is_named_and_changes_nothing(weights: dict[str, Any], me
 @pytest.mark.parametrize("as_dictionary", [True, False])
 def test_who_ran_the_model_already_gets_the_same_losses(batch: Batch, as_dictionary: bool) -> None:
     manager, student, teacher = create_objective_manager(BOTH), tiny_llama(), tiny_llama(seed=1)
-    expected = manager.step(student, Teacher(teacher), batch, manager.counts(batch))
+    expected = manager.step(student, LocalTeacher(teacher), batch, manager.counts(batch))
     expected.loss.backward()
     expected_gradients = gradients(student)
     outputs, taught = student(input_ids=batch.input_ids), teacher(input_ids=batch.input_ids)
@@ -331,7 +331,7 @@ def test_all_eight_objectives_are_named_to_who_misspells_one() -> None:
     with pytest.raises(UserError) as refused:
         create_objective_manager({"unheard_of": {}})
 
-    assert set(refused.value.choices) == {"continue_pretrain", "logits_distill", *NOT_YET}
+    assert set(refused.value.choices) == {"continue_pretrain", "dlm", "logits_distill", *NOT_YET}
 
 
 def test_what_is_switched_off_is_left_out() -> None:
@@ -339,7 +339,7 @@ def test_what_is_switched_off_is_left_out() -> None:
         {
             "continue_pretrain": {"weight": 1.5, "label_smoothing": 0.1},
             "logits_distill": {"enabled": False},
-            "dlm": {"enabled": False, "weight": 0.5, "mask_prob": 0.15},
+            "dlm": {"enabled": False, "weight": 0.5, "weighting": "llada"},
             "layerwise_distill": {"weight": 0},
         }
     )

@@ -15,11 +15,12 @@ from durable import UserError
 from wrinklefree.objectives import (
     LogitsDistillationObjective,
     LogitsDistillConfig,
+    Needs,
     ObjectiveManager,
     States,
-    Teacher,
     decoder_states,
 )
+from wrinklefree.teachers.local import LocalTeacher
 
 VOCAB_SIZE = 512
 
@@ -48,7 +49,10 @@ def batch() -> Batch:
 def distilled(student: Any, teacher: Any, batch: Batch, **options: Any) -> Tensor:
     """The mean loss."""
     objective = LogitsDistillationObjective(**options)
-    states = States(student=decoder_states(student, batch), teacher=Teacher(teacher).states(batch))
+    states = States(
+        student=decoder_states(student, batch),
+        teacher=LocalTeacher(teacher).states(batch, Needs(teacher_logits=True)),
+    )
     loss = objective(states, batch)
     assert loss.count == objective.count(batch)
     return loss.mean()
@@ -133,7 +137,7 @@ def test_the_teacher_is_only_asked(batch: Batch) -> None:
     model = tiny_llama(attention_dropout=0.5).train()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     manager = ObjectiveManager({"logits_distill": LogitsDistillationObjective()})
-    teacher, student = Teacher(model), tiny_llama(seed=1)
+    teacher, student = LocalTeacher(model), tiny_llama(seed=1)
     random_state = torch.get_rng_state()
 
     first = manager.step(student, teacher, batch, manager.counts(batch)).loss
@@ -149,9 +153,11 @@ def test_the_teacher_is_only_asked(batch: Batch) -> None:
 def test_a_teacher_may_be_kept_in_half_the_memory(batch: Batch) -> None:
     student = tiny_llama(seed=1)
     exact = distilled(student, tiny_llama(), batch)
-    teacher = Teacher(tiny_llama(), dtype=torch.bfloat16)
+    teacher = LocalTeacher(tiny_llama(), dtype=torch.bfloat16)
 
-    states = States(student=decoder_states(student, batch), teacher=teacher.states(batch))
+    states = States(
+        student=decoder_states(student, batch), teacher=teacher.states(batch, Needs(teacher_logits=True))
+    )
     loss = LogitsDistillationObjective()(states, batch).mean()
 
     assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
@@ -163,7 +169,7 @@ def test_a_teacher_may_be_kept_in_half_the_memory(batch: Batch) -> None:
 def test_closing_frees_the_weights() -> None:
     model = tiny_llama()
     alive = weakref.ref(model.model.embed_tokens.weight)
-    teacher = Teacher(model)
+    teacher = LocalTeacher(model)
     del model
 
     teacher.close()

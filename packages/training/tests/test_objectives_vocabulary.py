@@ -15,7 +15,7 @@ from bitnet_arch import BitLinear
 from wrinklefree.objectives.continue_pretrain import cross_entropy
 from wrinklefree.objectives.head import Head
 from wrinklefree.objectives.logits_distill import softened_kl
-from wrinklefree.objectives.vocabulary import TokenLoss, chunks, weighted_sum
+from wrinklefree.objectives.vocabulary import Group, TokenLoss, chunks, weighted_sum
 
 N, D, V = 11, 6, 17
 
@@ -72,7 +72,8 @@ HEADS = [plain, with_bias, soft_capped, hooked, ternary]
 def chunked(
     head: Head, hidden: Tensor, losses: list[TokenLoss], factors: list[float], chunk_tokens: int = 4
 ) -> tuple[Tensor, Tensor]:
-    return weighted_sum(hidden, head, losses, factors=factors, chunk_tokens=chunk_tokens)
+    group = Group(num_tokens=len(hidden), losses=losses, factors=factors, members=range(len(losses)))
+    return weighted_sum(hidden, head, [group], chunk_tokens=chunk_tokens)
 
 
 def gradients(head: Head, hidden: Tensor, loss: Tensor) -> list[Tensor]:

@@ -58,7 +58,7 @@ def test_recording_changes_no_bit_of_the_output_and_ends_with_the_block() -> Non
 
     assert torch.equal(recorded, usual)
     assert model.config._attn_implementation == "sdpa"
-    assert not any(hasattr(module, "largest_logits_H") for module in model.modules())
+    assert not any(hasattr(module, "attention_observers") for module in model.modules())
 
 
 def test_several_passes_are_recorded_together_and_other_models_are_not() -> None:

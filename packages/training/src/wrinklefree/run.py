@@ -44,7 +44,9 @@ def run(config: RunConfig) -> RunResult:
     """Train until the end or until somebody asks to stop; UserError for what a person can put right."""
     training, directory = config.training, RunDirectory.of(config)
     curriculum = create_curriculum_scheduler(training.curriculum, config.max_steps)
-    manager = create_objective_manager(training.objectives, curriculum)
+    manager = create_objective_manager(
+        training.objectives, curriculum, diffusion=training.diffusion, seed=config.seed
+    )
     require_wandb(training.logging.wandb)
     with ExitStack() as closing:
         closing.enter_context(memory_explained(config))
@@ -73,7 +75,7 @@ def run(config: RunConfig) -> RunResult:
             config,
             checkpoint=start.checkpoint if start else None,
             takes_what_fits=start is not None and start.takes_what_fits(config),
-            needs_teacher=manager.needs(manager.objectives).teacher_logits,
+            needs=manager.needs(manager.objectives),
             calibration=calibration_batches(config, data),
         )
         config = with_fitting_batch(config, directory.path, models, manager, ranks)

@@ -33,10 +33,10 @@ def dry_run(config: RunConfig) -> None:
     """Print parameters, tokens, steps, memory of a device, and seconds of a step."""
     logging.getLogger("wrinklefree").setLevel(logging.WARNING)
     training = config.training
-    manager = create_objective_manager(training.objectives)
+    manager = create_objective_manager(training.objectives, diffusion=training.diffusion, seed=config.seed)
     teacher_name = training.teacher.pretrained_name or config.model.pretrained_name
     student = described_by(config.model.pretrained_name)
-    teacher = described_by(teacher_name) if manager.needs().teacher_logits else None
+    teacher = described_by(teacher_name) if manager.needs().teacher else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory = estimated_memory(config, manager, student, teacher, device)
     free = _free_bytes(device)
@@ -83,7 +83,7 @@ def _measure(config: RunConfig, manager: ObjectiveManager, tokens: int, device: 
     models = build_models(
         config,
         checkpoint=None,
-        needs_teacher=manager.needs().teacher_logits,
+        needs=manager.needs(),
         calibration=[batch.input_ids],
     )
     model: nn.Module = models.student

@@ -13,6 +13,7 @@ from typing import Any
 from bitnet_arch import Schedule, SubLNInit, SubLNPlacement
 from durable import UserError
 from wrinklefree.objectives.curriculum import CurriculumConfig
+from wrinklefree.objectives.diffusion import ON_MASKED_TOKENS, DiffusionConfig
 from wrinklefree.optimizers.config import GradientClippingConfig, OptimizerConfig, SchedulerConfig
 
 
@@ -374,6 +375,8 @@ class TrainingConfig:
     gradient_clipping: GradientClippingConfig = field(default_factory=GradientClippingConfig)
     objectives: dict[str, Any] = field(default_factory=lambda: {"continue_pretrain": {"weight": 1.0}})
     """Name → weight and options of each loss."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Of objectives on masked tokens."""
     stage1: Stage1Config = field(default_factory=Stage1Config)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -393,6 +396,13 @@ class TrainingConfig:
             self.max_steps is None or self.max_steps >= 1, "training.max_steps", self.max_steps, "1 or more"
         )
         require(self.max_seq_length >= 2, "training.max_seq_length", self.max_seq_length, "2 or more")
+        length, block = self.max_seq_length, self.diffusion.block_size
+        if length % block and any(name in self.objectives for name in ON_MASKED_TOKENS):
+            raise UserError(
+                "training.diffusion.block_size: does not divide training.max_seq_length",
+                f"{block} and {length}",
+                f"set training.max_seq_length to {max(1, length // block) * block}",
+            )
         if self.early_stopping.enabled and self.validation.every is None:
             raise UserError(
                 "training.early_stopping: nothing is measured before the end",

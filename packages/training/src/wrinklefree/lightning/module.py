@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bitnet_arch import block_diffusion_of
 from data_handler import Batch
 from wrinklefree.config import RunConfig
 from wrinklefree.objectives.manager import ObjectiveManager
-from wrinklefree.objectives.teacher import Teacher
 from wrinklefree.optimizers.build import build_optimizer
 from wrinklefree.optimizers.config import (
     GradientClippingConfig,
@@ -31,6 +31,7 @@ from wrinklefree.optimizers.config import (
 from wrinklefree.optimizers.qk_clip import QKClip
 from wrinklefree.optimizers.schedule import apply_schedule, learning_rate_factor, weight_decay_at
 from wrinklefree.optimizers.zclip import Clipped, ZClip
+from wrinklefree.teachers.local import LocalTeacher
 from wrinklefree.training.randomness import seed_micro_batch
 from wrinklefree.training.signals import StopFlag
 from wrinklefree.training.student import Models
@@ -118,8 +119,9 @@ class WrinkleFreeLightningModule(pl.LightningModule):
         self.automatic_optimization = False
         self.model = model
         self.objective_manager = objective_manager
+        objective_manager.diffusion = block_diffusion_of(model)
         # No module of ours: its weights are not trained, counted or synchronised.
-        self.teacher = None if teacher_model is None else Teacher(teacher_model)
+        self.teacher = None if teacher_model is None else LocalTeacher(teacher_model)
         self.optimizer_cfg = optimizer_cfg or OptimizerConfig()
         self.scheduler_cfg = scheduler_cfg or SchedulerConfig()
         self.clipper = ZClip(gradient_clipping or GradientClippingConfig())
@@ -162,10 +164,11 @@ class WrinkleFreeLightningModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:
-            self.teacher.model.to(self.device)
+            self.teacher.to(self.device)
 
     def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
         manager = self.objective_manager
+        micro_batches = [manager.preprocess_batch(batch) for batch in micro_batches]
         names = list(manager.active)
         counts = self._total_counts(micro_batches, names)
         sums = {name: torch.zeros((), device=self.device, dtype=torch.float64) for name in names}

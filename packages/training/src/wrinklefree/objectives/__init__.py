@@ -8,6 +8,8 @@ One file per objective; `vocabulary.py` keeps full-vocabulary logits out of memo
 from wrinklefree.objectives.base import LossSum, Needs, Objective, ObjectiveConfig
 from wrinklefree.objectives.continue_pretrain import ContinuePretrainConfig, ContinuePretrainObjective
 from wrinklefree.objectives.curriculum import CurriculumPhase, CurriculumScheduler
+from wrinklefree.objectives.diffusion import DiffusionConfig
+from wrinklefree.objectives.dlm import DLMConfig, DLMObjective
 from wrinklefree.objectives.factory import (
     create_curriculum_scheduler,
     create_objective,
@@ -20,14 +22,17 @@ from wrinklefree.objectives.logits_distill import (
 )
 from wrinklefree.objectives.manager import ManagerOutput, ObjectiveManager
 from wrinklefree.objectives.states import DecoderStates, States, decoder_states
-from wrinklefree.objectives.teacher import Teacher
+from wrinklefree.objectives.views import ViewPlan
 
 __all__ = [
     "ContinuePretrainConfig",
     "ContinuePretrainObjective",
     "CurriculumPhase",
     "CurriculumScheduler",
+    "DLMConfig",
+    "DLMObjective",
     "DecoderStates",
+    "DiffusionConfig",
     "LogitsDistillConfig",
     "LogitsDistillationObjective",
     "LossSum",
@@ -37,7 +42,7 @@ __all__ = [
     "ObjectiveConfig",
     "ObjectiveManager",
     "States",
-    "Teacher",
+    "ViewPlan",
     "check_vocabularies",
     "create_curriculum_scheduler",
     "create_objective",

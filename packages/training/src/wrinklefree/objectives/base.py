@@ -22,9 +22,29 @@ class Needs:
     """What has to be computed before an objective can be."""
 
     teacher_logits: bool = False
+    masked_views: bool = False
+    hidden_states: bool = False
+    """What every decoder layer gives to the next, of student and teacher."""
+    relations: frozenset[int] = frozenset()
+    """Layers whose queries, keys and values are compared with the teacher's; negative ones from the end."""
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(teacher_logits=self.teacher_logits or other.teacher_logits)
+        return Needs(
+            teacher_logits=self.teacher_logits or other.teacher_logits,
+            masked_views=self.masked_views or other.masked_views,
+            hidden_states=self.hidden_states or other.hidden_states,
+            relations=self.relations | other.relations,
+        )
+
+    @property
+    def teacher(self) -> bool:
+        """Does anything here come from a teacher?"""
+        return self.teacher_logits or self.needs_inside
+
+    @property
+    def needs_inside(self) -> bool:
+        """Does anything come from inside the teacher? Then it has to run here."""
+        return self.hidden_states or bool(self.relations)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_handler import Batch
 from wrinklefree.objectives.base import ObjectiveConfig, is_number, require
 from wrinklefree.objectives.states import States
-from wrinklefree.objectives.vocabulary import TokenLoss, VocabularyObjective
+from wrinklefree.objectives.vocabulary import Places, TokenLoss, VocabularyObjective
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,12 +42,10 @@ class ContinuePretrainObjective(VocabularyObjective):
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = ContinuePretrainConfig(label_smoothing=label_smoothing).label_smoothing
 
-    def token_loss(self, states: States, batch: Batch, places_N: Tensor) -> TokenLoss:
-        labels_N = batch.labels.flatten()[places_N + 1]
-
+    def token_loss(self, states: States, batch: Batch, places: Places) -> TokenLoss:
         def loss(logits_CV: Tensor, tokens: slice, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
             return cross_entropy(
-                logits_CV, labels_N[tokens], label_smoothing=self.label_smoothing, gradient=gradient
+                logits_CV, places.targets[tokens], label_smoothing=self.label_smoothing, gradient=gradient
             )
 
         return loss
@@ -56,15 +54,20 @@ class ContinuePretrainObjective(VocabularyObjective):
 def cross_entropy(
     logits_CV: Tensor, labels_C: Tensor, *, label_smoothing: float, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """−Σ (1 − ε) log p[label] + ε mean(log p), and its gradient p − (1 − ε) onehot − ε / V."""
+    """−Σ (1 − ε) log p[label] + ε mean(log p), and its gradient p − (1 − ε) onehot − ε / V.
+
+    V counts the tokens that can be predicted: logits of −∞ belong to none.
+    """
     log_CV = torch.log_softmax(logits_CV, dim=-1)
     total = -(1 - label_smoothing) * log_CV.gather(1, labels_C[:, None]).sum()
     if label_smoothing:
-        total = total - label_smoothing * log_CV.mean(dim=1).sum()
+        possible_CV = logits_CV != -torch.inf
+        share_CV = possible_CV * (label_smoothing / possible_CV.sum(1, keepdim=True))
+        total = total - (share_CV * log_CV.masked_fill(~possible_CV, 0)).sum()
     if not gradient:
         return total, None
     gradient_CV = log_CV.exp_()
     gradient_CV.scatter_add_(
         1, labels_C[:, None], gradient_CV.new_full((len(labels_C), 1), label_smoothing - 1)
     )
-    return total, gradient_CV.sub_(label_smoothing / logits_CV.shape[1]) if label_smoothing else gradient_CV
+    return total, gradient_CV.sub_(share_CV) if label_smoothing else gradient_CV

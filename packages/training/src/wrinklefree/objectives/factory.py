@@ -8,8 +8,11 @@ from durable import UserError
 from wrinklefree.objectives.base import Objective, ObjectiveConfig, check_common
 from wrinklefree.objectives.continue_pretrain import ContinuePretrainConfig, ContinuePretrainObjective
 from wrinklefree.objectives.curriculum import CurriculumConfig, CurriculumPhase, CurriculumScheduler
+from wrinklefree.objectives.diffusion import DiffusionConfig
+from wrinklefree.objectives.dlm import DLMConfig, DLMObjective
 from wrinklefree.objectives.logits_distill import LogitsDistillationObjective, LogitsDistillConfig
 from wrinklefree.objectives.manager import ObjectiveManager, require_a_weight
+from wrinklefree.objectives.views import ViewPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +21,16 @@ class Kind:
 
     config: type[ObjectiveConfig]
     build: Callable[..., Objective]
+    has_plan: bool = False
+    """Is it about masked tokens?"""
 
 
 AVAILABLE = {
     "continue_pretrain": Kind(ContinuePretrainConfig, ContinuePretrainObjective),
+    "dlm": Kind(DLMConfig, DLMObjective, has_plan=True),
     "logits_distill": Kind(LogitsDistillConfig, LogitsDistillationObjective),
 }
 COMING = {
-    "dlm": ("mask_token_id", "mask_prob", "use_complementary_masks", "ignore_index"),
     "layerwise": ("loss_type", "layer_weights", "temperature", "normalize", "ignore_index"),
     "attention_distill": ("distill_layer", "temperature", "ignore_index"),
     "bitdistill": ("lambda_logits", "gamma_attention", "temperature", "distill_layer", "ignore_index"),
@@ -39,20 +44,23 @@ COMMON = ("enabled", "weight")
 
 
 def create_objective_manager(
-    specs: Mapping[str, Mapping[str, Any]], curriculum: CurriculumScheduler | None = None
+    specs: Mapping[str, Mapping[str, Any]],
+    curriculum: CurriculumScheduler | None = None,
+    *,
+    diffusion: DiffusionConfig | None = None,
+    seed: int = 0,
 ) -> ObjectiveManager:
     """From {name: {weight, …}}; what is disabled or never has a weight above 0 is left out.
 
-    A curriculum's weights stand for those of the objectives.
+    A curriculum's weights stand for those of the objectives. Masks are drawn from `seed`.
     """
     wanted = checked_objectives(specs, curriculum)
-    objectives = {name: create_objective(name, options) for name, options in wanted.items()}
+    plan = (diffusion or DiffusionConfig()).plan(seed)
+    objectives = {name: create_objective(name, options, plan=plan) for name, options in wanted.items()}
+    weights = {name: options.get("weight", 1.0) for name, options in wanted.items()}
     if curriculum is not None:
-        first = curriculum.weights(1)
-        return ObjectiveManager(objectives, {name: first[name] for name in wanted})
-    return ObjectiveManager(
-        objectives, {name: options.get("weight", 1.0) for name, options in wanted.items()}
-    )
+        weights = {name: curriculum.weights(1)[name] for name in wanted}
+    return ObjectiveManager(objectives, weights, plan=plan)
 
 
 def checked_objectives(
@@ -113,8 +121,8 @@ def _of_curriculum(
     return wanted
 
 
-def create_objective(name: str, options: Mapping[str, Any]) -> Objective:
-    """One objective from its options."""
+def create_objective(name: str, options: Mapping[str, Any], *, plan: ViewPlan | None = None) -> Objective:
+    """One objective from its options; `plan` says what those on masked tokens are about."""
     name = canonical_name(name)
     _check_options(name, options)
     if name in COMING:
@@ -122,7 +130,11 @@ def create_objective(name: str, options: Mapping[str, Any]) -> Objective:
             f"objectives.{name}: objective {name} is not available yet",
             fix=f"set objectives.{name}.weight to 0, or use {' or '.join(AVAILABLE)}",
         )
-    return AVAILABLE[name].build(**{key: value for key, value in options.items() if key not in COMMON})
+    kind = AVAILABLE[name]
+    given = {key: value for key, value in options.items() if key not in COMMON}
+    if kind.has_plan:
+        given["plan"] = plan or DiffusionConfig().plan(seed=0)
+    return kind.build(**given)
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

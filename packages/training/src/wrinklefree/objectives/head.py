@@ -22,11 +22,26 @@ class Head:
     module: nn.Module
     softcap: float | None = None
     """Logits are drawn into ± this by tanh, as Gemma can be set to."""
+    excluded: int | None = None
+    """[MASK], which nobody is to predict: cut off where it is the last token, −∞ elsewhere."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[…, D] → […, V]."""
         logits: Tensor = self.module(hidden)
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.excluded is None:
+            return logits
+        if self.excluded == logits.shape[-1] - 1:
+            return logits[..., :-1]
+        place = torch.tensor([self.excluded], device=logits.device)
+        return logits.index_fill(-1, place, -torch.inf)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many logits a token has; None where the module does not say."""
+        rows = getattr(self.module, "out_features", None)
+        return None if rows is None else int(rows) - (self.excluded == rows - 1)
 
     def learning(self) -> tuple[nn.Parameter, ...]:
         """The parameters that a gradient is wanted for."""
@@ -72,8 +87,9 @@ class LinearProducts(HeadProducts):
         # What autocast would do, but once and not for every chunk.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         self._device, self._dtype = device, dtype
-        self._weight = weight.detach().to(dtype)
-        self._bias = None if bias is None else bias.detach().to(dtype)
+        self._num_rows, self._excluded = head.vocab_size, head.excluded
+        self._weight = weight.detach()[: self._num_rows].to(dtype)
+        self._bias = None if bias is None else bias.detach()[: self._num_rows].to(dtype)
         self._sums = [
             torch.zeros_like(parameter, dtype=accurate(parameter.dtype)) if wanted else None
             for parameter in (weight, bias)
@@ -84,18 +100,22 @@ class LinearProducts(HeadProducts):
     def logits(self, hidden_CD: Tensor) -> Tensor:
         self._hidden_CD = hidden_CD.detach().to(self._dtype)
         with torch.autocast(self._device, enabled=False):
-            return F.linear(self._hidden_CD, self._weight, self._bias)
+            logits_CV = F.linear(self._hidden_CD, self._weight, self._bias)
+        if self._excluded is not None and self._excluded < logits_CV.shape[1]:
+            logits_CV[:, self._excluded] = -torch.inf
+        return logits_CV
 
     def back(self, gradient_CV: Tensor) -> Tensor:
         weight_sum, bias_sum = self._sums
         gradient_CV = gradient_CV.to(self._dtype)
         with torch.autocast(self._device, enabled=False):
+            rows = slice(self._num_rows)
             if weight_sum is not None and weight_sum.dtype == self._dtype:
-                weight_sum.addmm_(gradient_CV.t(), self._hidden_CD)
+                weight_sum[rows].addmm_(gradient_CV.t(), self._hidden_CD)
             elif weight_sum is not None:
-                weight_sum.add_(gradient_CV.t() @ self._hidden_CD)
+                weight_sum[rows].add_(gradient_CV.t() @ self._hidden_CD)
             if bias_sum is not None:
-                bias_sum.add_(gradient_CV.sum(0, dtype=bias_sum.dtype))
+                bias_sum[rows].add_(gradient_CV.sum(0, dtype=bias_sum.dtype))
             return gradient_CV @ self._weight
 
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from data_handler import Batch
 from durable import ExitCode, UserError
 from wrinklefree.objectives.base import Needs, ObjectiveConfig, is_number, require
-from wrinklefree.objectives.head import open_head
 from wrinklefree.objectives.states import States
-from wrinklefree.objectives.vocabulary import TokenLoss, VocabularyObjective
+from wrinklefree.objectives.vocabulary import Places, TokenLoss, VocabularyObjective
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,15 +61,16 @@ class LogitsDistillationObjective(VocabularyObjective):
     def needs(self) -> Needs:
         return Needs(teacher_logits=True)
 
-    def token_loss(self, states: States, batch: Batch, places_N: Tensor) -> TokenLoss:
+    def token_loss(self, states: States, batch: Batch, places: Places) -> TokenLoss:
         teacher = states.teacher
         assert teacher is not None, "the manager brings a teacher where one is needed"
         check_vocabularies(states.student.vocab_size, teacher.vocab_size)
-        hidden_ND = teacher.hidden.flatten(0, 1).index_select(0, places_N)
-        products = open_head(teacher.head, hidden_ND, learns=False)
+        next_tokens = teacher.next_tokens(places.before)
 
         def loss(logits_CS: Tensor, tokens: slice, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
-            teacher_CV = products.logits(hidden_ND[tokens]).to(logits_CS.dtype)
+            teacher_CV = next_tokens(tokens)
+            assert isinstance(teacher_CV, Tensor)
+            teacher_CV = teacher_CV.to(logits_CS.dtype)
             return softened_kl(
                 logits_CS, teacher_CV, temperature=self.temperature, scale=self.scale, gradient=gradient
             )
@@ -102,7 +102,9 @@ def softened_kl(
     log_teacher_CV = torch.log_softmax(teacher_CV / temperature, dim=-1)
     probability_CV = log_teacher_CV.exp()
     # A token that the teacher rules out has log p = −∞, and 0 · −∞ is NaN.
-    log_teacher_CV.clamp_(min=torch.finfo(log_teacher_CV.dtype).min)
+    smallest = torch.finfo(log_teacher_CV.dtype).min
+    log_teacher_CV.clamp_(min=smallest)
+    log_student_CV.clamp_(min=smallest)
     total = scale * log_teacher_CV.sub_(log_student_CV).mul_(probability_CV).sum()
     if not gradient:
         return total, None

@@ -9,7 +9,7 @@ for each: for who wants the gradient of a single one. `manager(outputs, batch)` 
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitnet_arch import BlockDiffusion, block_diffusion_of
 from data_handler import Batch
+from data_handler.types import IGNORED_LABEL
 from durable import UserError
 from wrinklefree.objectives.base import LossSum, Needs, Objective, check_weight, divided
 from wrinklefree.objectives.continue_pretrain import ContinuePretrainObjective
 from wrinklefree.objectives.states import DecoderStates, States, decoder_states
-from wrinklefree.objectives.teacher import Teacher
+from wrinklefree.objectives.views import ViewPlan
 from wrinklefree.objectives.vocabulary import VocabularyObjective, vocabulary_losses
+from wrinklefree.teachers.base import Teacher, TeacherStates
 
 LARGEST_EXPONENT = 80.0
 """Perplexity is cut at e to this, which float32 still holds."""
@@ -50,10 +53,17 @@ class ObjectiveManager:
     """The objectives of a run with their weights; one whose weight is 0 is not computed at all."""
 
     def __init__(
-        self, objectives: Mapping[str, Objective], weights: Mapping[str, float] | None = None
+        self,
+        objectives: Mapping[str, Objective],
+        weights: Mapping[str, float] | None = None,
+        *,
+        plan: ViewPlan | None = None,
     ) -> None:
-        """An objective that `weights` does not name has weight 1."""
+        """An objective that `weights` does not name has weight 1; `plan` draws the views that some need."""
         self.objectives = dict(objectives)
+        self.plan = plan
+        self.diffusion: BlockDiffusion | None = None
+        """Of the student, once it is known."""
         self.weights = dict.fromkeys(self.objectives, 1.0)
         self.set_weights(weights or {})
 
@@ -82,8 +92,14 @@ class ObjectiveManager:
         return {name: objective.count(batch) for name, objective in self.active.items()}
 
     def preprocess_batch(self, batch: Any) -> Any:
-        """The batch as it is: no objective changes the input of another. Views are planned in the forward."""
-        return batch
+        """Nothing is masked here: no objective changes the input of another, views are drawn in the forward.
+
+        Of a text that itself holds [MASK] nobody is to predict that.
+        """
+        if self.diffusion is None or not isinstance(batch, Batch):
+            return batch
+        is_mask = batch.labels == self.diffusion.mask_token_id
+        return replace(batch, labels=batch.labels.masked_fill(is_mask, IGNORED_LABEL))
 
     def step(
         self,
@@ -119,12 +135,33 @@ class ObjectiveManager:
 
     def _states(self, student: nn.Module, teacher: Teacher | None, batch: Batch) -> States:
         self._check_teacher(teacher)
+        needs = self.needs()
+        diffusion = block_diffusion_of(student)
+        excluded = None if diffusion is None else diffusion.mask_token_id
         # The teacher first: what it needs on the way is gone before the student begins to keep activations.
-        taught = teacher.states(batch) if teacher is not None and self.needs().teacher_logits else None
-        return States(student=decoder_states(student, batch), teacher=taught)
+        taught = teacher.states(batch, needs, excluded=excluded) if teacher and needs.teacher else None
+        views = None
+        if needs.masked_views:
+            assert self.plan is not None, "who needs views comes with a plan"
+            if diffusion is None:
+                raise UserError(
+                    "training.diffusion: the model has no [MASK]",
+                    "an objective on masked tokens",
+                    "start from a model before conversion, or from a checkpoint that was trained with one",
+                )
+            views = self.plan.draw(batch)
+        states = decoder_states(
+            student,
+            batch,
+            views=views,
+            plan=self.plan,
+            hidden_states=needs.hidden_states,
+            relations=needs.relations,
+        )
+        return States(student=states, teacher=taught, views=views)
 
-    def _check_teacher(self, teacher: Teacher | DecoderStates | None) -> None:
-        needing = [name for name, objective in self.active.items() if objective.needs().teacher_logits]
+    def _check_teacher(self, teacher: Teacher | TeacherStates | None) -> None:
+        needing = [name for name, objective in self.active.items() if objective.needs().teacher]
         if needing and teacher is None:
             raise UserError(
                 f"objectives.{needing[0]}: needs a teacher",
@@ -143,7 +180,10 @@ class ObjectiveManager:
                 list(shared.values()), states, batch, factors=[factors[name] for name in shared]
             )
             parts.append(together)
-            losses |= dict(zip(shared, sums, strict=True))
+            counts = self.counts(batch)
+            losses |= {
+                name: LossSum(total, counts[name]) for name, total in zip(shared, sums.unbind(), strict=True)
+            }
         detached = {name: LossSum(losses[name].total.detach(), losses[name].count) for name in self.active}
         return ManagerOutput(
             loss=torch.stack(parts).sum(), losses=detached, ce_loss=self._cross_entropy(detached)

@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -40,19 +40,39 @@ class TokenLoss(Protocol):
         """The sum over a chunk, which are these tokens of N, and its gradient if asked for, in new memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The N tokens that a loss is about, each predicted by the hidden state one before it."""
+
+    before: Tensor
+    """[N]: of those hidden states: which of the B · T tokens they belong to."""
+    targets: Tensor
+    """[N]: ids of the tokens that are predicted."""
+    hidden: Tensor
+    """[N, D]: the student's."""
+    probability: Tensor | None = None
+    """[N]: with which a token was masked; none among clean tokens."""
+
+    def __len__(self) -> int:
+        return len(self.before)
+
+
 class VocabularyObjective(Objective):
-    """An objective on the distribution over the token that follows, at every token that has a label."""
+    """An objective on the distribution over a token: the one that follows, or the one under a mask."""
+
+    of_masked: ClassVar[bool] = False
+    """About masked tokens, in the masked views; else about all that have a label."""
 
     @abstractmethod
-    def token_loss(self, states: States, batch: Batch, places_N: Tensor) -> TokenLoss:
-        """The loss at the places of `places_with_a_label`."""
+    def token_loss(self, states: States, batch: Batch, places: Places) -> TokenLoss:
+        """The loss at these places."""
 
     def count(self, batch: Batch) -> int:
         return int((batch.labels[:, 1:] != IGNORED_LABEL).sum())
 
     def __call__(self, states: States, batch: Batch) -> LossSum:
-        total, sums = vocabulary_losses([self], states, batch)
-        return LossSum(total, sums[0].count)
+        total, _ = vocabulary_losses([self], states, batch)
+        return LossSum(total, self.count(batch))
 
 
 def vocabulary_losses(
@@ -61,40 +81,74 @@ def vocabulary_losses(
     batch: Batch,
     *,
     factors: Sequence[float] = (1.0,),
-) -> tuple[Tensor, list[LossSum]]:
-    """Σ factor · sum, with a graph, and each sum without."""
-    places_N = places_with_a_label(batch.labels)
-    hidden_ND = states.student.hidden.flatten(0, 1).index_select(0, places_N)
-    losses = [objective.token_loss(states, batch, places_N) for objective in objectives]
+) -> tuple[Tensor, Tensor]:
+    """Σ factor · sum, with a graph, and the sums without."""
     # The common factor stays out of the pass: 1 / count would drown small gradients in half precision.
     common = max(factors) or 1.0
+    groups, hidden = [], []
+    for of_masked in (False, True):
+        members = [number for number, each in enumerate(objectives) if each.of_masked == of_masked]
+        if not members:
+            continue
+        places = masked_places(states, batch) if of_masked else clean_places(states, batch)
+        hidden.append(places.hidden)
+        groups.append(
+            Group(
+                num_tokens=len(places),
+                losses=[objectives[number].token_loss(states, batch, places) for number in members],
+                factors=[factors[number] / common for number in members],
+                members=members,
+            )
+        )
     total, sums = weighted_sum(
-        hidden_ND,
+        torch.cat(hidden) if len(hidden) > 1 else hidden[0],
         states.student.head,
-        losses,
-        factors=[factor / common for factor in factors],
+        groups,
         chunk_tokens=_chunk_tokens(states.student),
     )
-    return total * common, [LossSum(part, len(places_N)) for part in sums.unbind()]
+    return total * common, sums
 
 
-def places_with_a_label(labels_BT: Tensor) -> Tensor:
-    """[N] indices into the B · T tokens: those whose next token carries a label."""
-    wanted_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
-    wanted_BT[:, :-1] = labels_BT[:, 1:] != IGNORED_LABEL
-    return wanted_BT.flatten().nonzero().squeeze(1)
+def clean_places(states: States, batch: Batch) -> Places:
+    """All tokens with a label, in the clean part."""
+    wanted_BT = torch.zeros_like(batch.labels, dtype=torch.bool)
+    wanted_BT[:, :-1] = batch.labels[:, 1:] != IGNORED_LABEL
+    before_N = wanted_BT.flatten().nonzero().squeeze(1)
+    return Places(before_N, batch.labels.flatten()[before_N + 1], states.student.rows(before_N))
+
+
+def masked_places(states: States, batch: Batch) -> Places:
+    """The masked tokens of every view, one view after the other."""
+    views = states.views
+    assert views is not None, "the manager draws views where they are needed"
+    # The first token of a sample is the first of a block, and so never masked.
+    before = [masked.flatten().nonzero().squeeze(1) - 1 for masked in views.masked]
+    hidden = [states.student.rows(places, part) for part, places in enumerate(before, start=1)]
+    probability = [each.flatten()[places + 1] for each, places in zip(views.probability, before, strict=True)]
+    before_N = torch.cat(before)
+    targets_N = batch.input_ids.flatten()[before_N + 1]
+    return Places(before_N, targets_N, torch.cat(hidden), torch.cat(probability))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Losses on the same tokens."""
+
+    num_tokens: int
+    losses: Sequence[TokenLoss]
+    factors: Sequence[float]
+    members: Sequence[int]
+    """Where their sums belong."""
 
 
 def weighted_sum(
-    hidden_ND: Tensor,
-    head: Head,
-    losses: Sequence[TokenLoss],
-    *,
-    factors: Sequence[float],
-    chunk_tokens: int,
+    hidden_ND: Tensor, head: Head, groups: Sequence[Group], *, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Σ factor · sum over all N tokens, differentiable once, and the sums [losses] without a graph."""
-    pass_ = _Pass(head, losses, factors, chunk_tokens)
+    """Σ factor · sum, differentiable once, and the sums [losses] without a graph.
+
+    `hidden_ND` holds the tokens of one group after those of the other.
+    """
+    pass_ = _Pass(head, groups, chunk_tokens)
     parameters = head.learning()
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or parameters):
         total, sums = _WeightedSum.apply(pass_, hidden_ND, *parameters)
@@ -108,39 +162,50 @@ class _Pass:
     """One pass over the chunks."""
 
     head: Head
-    losses: Sequence[TokenLoss]
-    factors: Sequence[float]
+    groups: Sequence[Group]
     chunk_tokens: int
 
     def run(self, hidden_ND: Tensor, *, gradient: bool) -> tuple[Tensor, list[Tensor]]:
         """The sums, and the gradients of their weighted sum in `hidden_ND` and the head's parameters."""
         products = open_head(self.head, hidden_ND, learns=gradient)
         gradient_ND = torch.zeros_like(hidden_ND) if gradient else None
-        sums = torch.zeros(len(self.losses), dtype=accurate(hidden_ND.dtype), device=hidden_ND.device)
-        for tokens in chunks(len(hidden_ND), self.chunk_tokens):
-            logits_CV = products.logits(hidden_ND[tokens]).to(sums.dtype)
-            gradient_CV = self._add(sums, logits_CV, tokens, gradient=gradient)
-            del logits_CV
-            if gradient_ND is not None and gradient_CV is not None:
-                gradient_ND[tokens] = products.back(gradient_CV)
+        num_losses = sum(len(group.losses) for group in self.groups)
+        sums = torch.zeros(num_losses, dtype=accurate(hidden_ND.dtype), device=hidden_ND.device)
+        start = 0
+        for group in self.groups:
+            for tokens in chunks(group.num_tokens, self.chunk_tokens):
+                here = slice(start + tokens.start, start + tokens.stop)
+                logits_CV = products.logits(hidden_ND[here]).to(sums.dtype)
+                gradient_CV = _add(group, sums, logits_CV, tokens, gradient=gradient)
+                del logits_CV
+                if gradient_ND is not None and gradient_CV is not None:
+                    gradient_ND[here] = products.back(gradient_CV)
+            start += group.num_tokens
         return sums, [] if gradient_ND is None else [gradient_ND, *products.gradients]
 
     def weighted(self, sums: Tensor) -> Tensor:
-        return torch.stack([part * factor for part, factor in zip(sums, self.factors, strict=True)]).sum()
+        """Σ factor · sum."""
+        parts = [
+            sums[place] * factor
+            for group in self.groups
+            for place, factor in zip(group.members, group.factors, strict=True)
+        ]
+        return torch.stack(parts).sum()
 
-    def _add(self, sums: Tensor, logits_CV: Tensor, tokens: slice, *, gradient: bool) -> Tensor | None:
-        """Add this chunk's sums, and give the gradient of their weighted sum."""
-        together: Tensor | None = None
-        for place, (loss, factor) in enumerate(zip(self.losses, self.factors, strict=True)):
-            part, gradient_CV = loss(logits_CV, tokens, gradient=gradient)
-            sums[place] += part
-            if gradient_CV is None:
-                continue
-            if together is None:
-                together = gradient_CV if factor == 1 else gradient_CV.mul_(factor)
-            else:
-                together.add_(gradient_CV, alpha=factor)
-        return together
+
+def _add(group: Group, sums: Tensor, logits_CV: Tensor, tokens: slice, *, gradient: bool) -> Tensor | None:
+    """Add this chunk's sums, and give the gradient of their weighted sum."""
+    together: Tensor | None = None
+    for place, loss, factor in zip(group.members, group.losses, group.factors, strict=True):
+        part, gradient_CV = loss(logits_CV, tokens, gradient=gradient)
+        sums[place] += part
+        if gradient_CV is None:
+            continue
+        if together is None:
+            together = gradient_CV if factor == 1 else gradient_CV.mul_(factor)
+        else:
+            together.add_(gradient_CV, alpha=factor)
+    return together
 
 
 class _WeightedSum(torch.autograd.Function):

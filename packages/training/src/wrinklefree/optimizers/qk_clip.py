@@ -16,22 +16,18 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitnet_arch import walk
 from bitnet_arch.walk import config_of, linear_at
 from durable import UserError
+from wrinklefree.attention import AttentionInput, Observer, observed
 
 logger = logging.getLogger(__name__)
 
-RECORDING = "sdpa_and_largest_logits"
-"""What transformers calls our attention function: SDPA, and a look at its logits."""
 MAX_ELEMENTS = 2**20
 """Logits that are alive at a time."""
 
@@ -68,7 +64,7 @@ class QKClip:
         self.why_inactive = self._why_inactive(has_norms=any(layer.query_norm for layer in walked.layers))
         if self.why_inactive is not None:
             logger.info("QK-clip does nothing here: %s", self.why_inactive)
-        elif self.config._attn_implementation != "sdpa":
+        elif self.config._attn_implementation != "sdpa":  # it reads a dense mask, too
             raise UserError(
                 "training.optimizer.enable_clipping: QK-clip reads logits beside SDPA",
                 f"attention {self.config._attn_implementation!r}",
@@ -84,16 +80,12 @@ class QKClip:
         largest = torch.full(
             (len(self.attentions), self.num_heads), -torch.inf, device=self.queries[0].weight.device
         )
-        usual = self.config._attn_implementation
-        self.config._attn_implementation = RECORDING
-        for attention, largest_H in zip(self.attentions, largest, strict=True):
-            attention.largest_logits_H = largest_H
-        try:
+        observers = {
+            attention: _recorder(largest_H)
+            for attention, largest_H in zip(self.attentions, largest, strict=True)
+        }
+        with observed(self.config, observers, wanted_by="training.optimizer.enable_clipping"):
             yield
-        finally:
-            self.config._attn_implementation = usual
-            for attention in self.attentions:
-                del attention.largest_logits_H
         self.max_logits_LH = largest
 
     @torch.no_grad()
@@ -171,27 +163,15 @@ def _scale(linear: nn.Linear, factor: float) -> None:
         linear.bias.mul_(factor)
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> Any:
-    """transformers' SDPA, with a look at the logits where `QKClip.recording` asked for one."""
-    largest_H = getattr(module, "largest_logits_H", None)
-    if largest_H is not None:
-        is_causal = options.get("is_causal")
-        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        scale = options.get("scaling") or query.shape[-1] ** -0.5
-        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+def _recorder(largest_H: Tensor) -> Observer:
+    """Keeps the largest logits in `largest_H`."""
+
+    @torch.no_grad()
+    def record(seen: AttentionInput) -> None:
+        with torch.autocast(seen.query.device.type, enabled=False):
             found_H = largest_logits(
-                query, key, attention_mask, scale=scale, is_causal=attention_mask is None and is_causal
+                seen.query, seen.key, seen.mask, scale=seen.scale, is_causal=seen.is_causal
             )
             torch.maximum(largest_H, found_H, out=largest_H)
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
 
-
-ALL_ATTENTION_FUNCTIONS.register(RECORDING, _attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(RECORDING, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return record

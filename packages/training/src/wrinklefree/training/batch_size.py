@@ -27,7 +27,7 @@ from data_handler import Batch
 from durable import ExitCode, UserError, publish_file
 from wrinklefree.config import RunConfig
 from wrinklefree.objectives.manager import ObjectiveManager
-from wrinklefree.objectives.teacher import Teacher
+from wrinklefree.teachers.local import LocalTeacher
 from wrinklefree.training.ranks import Ranks
 from wrinklefree.training.student import Models
 
@@ -116,7 +116,7 @@ class Trial:
         with _unchanged(student), _all_weighed(self.manager):
             with autocast:
                 counts = self.manager.counts(batch)
-                output = self.manager.step(student, Teacher(teacher) if teacher else None, batch, counts)
+                output = self.manager.step(student, LocalTeacher(teacher) if teacher else None, batch, counts)
             output.loss.backward()
 
     def bytes_of_a_sample(self) -> int:

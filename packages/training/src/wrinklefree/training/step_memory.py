@@ -19,8 +19,8 @@ from bitnet_arch import ConversionConfig, convert_to_bitnet, set_quant_amount, s
 from data_handler import Batch
 from wrinklefree.config import RunConfig
 from wrinklefree.objectives.manager import ObjectiveManager
-from wrinklefree.objectives.teacher import Teacher
 from wrinklefree.optimizers.build import build_optimizer
+from wrinklefree.teachers.local import LocalTeacher
 from wrinklefree.training.live_tensors import LiveTensors
 
 HALF_WAY = 0.5
@@ -88,7 +88,7 @@ def forward_and_backward(
     batch = replace(batch, input_ids=ids, position_ids=places)
     counts = manager.counts(batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
-        output = manager.step(model, Teacher(teacher) if teacher else None, batch, counts)
+        output = manager.step(model, LocalTeacher(teacher) if teacher else None, batch, counts)
     output.loss.backward()
 
 

@@ -11,11 +11,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bitnet_arch import ConversionConfig, convert_to_bitnet, load_bitnet
+from bitnet_arch import (
+    BlockDiffusion,
+    ConversionConfig,
+    add_mask_token,
+    block_diffusion_of,
+    check_mask_token,
+    convert_to_bitnet,
+    load_bitnet,
+    set_block_diffusion,
+    start_mask_at_mean,
+)
 from bitnet_arch.checkpoint import open_checkpoint, read_tensors
 from data_handler.demo import TOKENIZER_DIR
 from durable import ExitCode, UserError
 from wrinklefree.config.schema import ModelConfig, RunConfig
+from wrinklefree.objectives.base import Needs
+from wrinklefree.objectives.diffusion import DiffusionConfig
 from wrinklefree.pretrained import Pretrained, load_pretrained
 from wrinklefree.training.compiling import compile_blocks
 
@@ -36,7 +48,7 @@ def build_models(
     *,
     checkpoint: Path | None,
     takes_what_fits: bool = False,
-    needs_teacher: bool,
+    needs: Needs,
     calibration: Iterable[Tensor],
 ) -> Models:
     """From the pretrained model, or the student from a checkpoint of an earlier run.
@@ -46,14 +58,14 @@ def build_models(
     """
     from_pretrained = checkpoint is None or takes_what_fits
     teacher_name = config.training.teacher.pretrained_name
-    teacher_is_student = needs_teacher and teacher_name is None
+    teacher_is_student = needs.teacher and teacher_name is None
     pretrained: Pretrained | None = None
     if from_pretrained or teacher_is_student:
         pretrained = load_pretrained(config.model.pretrained_name)
     teacher, other = None, None
     if teacher_is_student:
         teacher = _copy_of(pretrained)
-    elif needs_teacher and teacher_name is not None:
+    elif needs.teacher and teacher_name is not None:
         other = load_pretrained(teacher_name)
         teacher = other.model
     if from_pretrained:
@@ -61,15 +73,17 @@ def build_models(
         student = pretrained.model
         # fp32 while it learns: AdamW's small steps are lost in bf16. The file may hold bf16.
         student = student.float()
-        _set_dropout(student, config.model)
-        _convert(student, config, calibration)
-        if checkpoint is not None:
-            load_what_fits(student, checkpoint)
     else:
         assert checkpoint is not None
         student = load_bitnet(checkpoint)
-        _set_dropout(student, config.model)
+    _set_dropout(student, config.model)
     tokenizer = load_tokenizer(config.model, pretrained, checkpoint)
+    if needs.masked_views:
+        prepare_mask(student, tokenizer, config.training.diffusion)
+    if from_pretrained:
+        _convert(student, config, calibration)
+        if checkpoint is not None:
+            load_what_fits(student, checkpoint)
     if other is not None:
         check_teacher(other.model, other.tokenizer, student, tokenizer)
     if teacher is not None:
@@ -105,6 +119,53 @@ def load_tokenizer(
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     return tokenizer
+
+
+def prepare_mask(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: DiffusionConfig
+) -> None:
+    """Give the model a [MASK], if it was not trained with one: then its embedding stays as it is."""
+    known = block_diffusion_of(student)
+    wanted = config.mask_token_id
+    if known is not None:
+        if wanted not in (None, known.mask_token_id):
+            raise UserError(
+                "training.diffusion.mask_token_id: the model was trained with another [MASK]",
+                f"{wanted}, the model has {known.mask_token_id}",
+                "leave it out",
+            )
+        mask = known.mask_token_id
+    else:
+        if wanted is not None:
+            check_mask_token(student, wanted)
+            _refuse_text(wanted, tokenizer)
+            how = "as training.diffusion.mask_token_id says"
+        elif tokenizer is not None and tokenizer.mask_token_id is not None:
+            wanted, how = int(tokenizer.mask_token_id), "the tokenizer's"
+        else:
+            how = "a row added behind the vocabulary"
+        if wanted is None:
+            mask = add_mask_token(student)
+        else:
+            mask = wanted
+            start_mask_at_mean(student, mask)
+        logger.info("[MASK] is token %d, %s; its embedding starts at the vocabulary's mean", mask, how)
+    set_block_diffusion(student, BlockDiffusion(mask_token_id=mask, block_size=config.block_size))
+    if student.generation_config is not None:
+        student.generation_config.suppress_tokens = [mask]
+
+
+def _refuse_text(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """A token that texts are made of, or end with, cannot be [MASK]."""
+    if tokenizer is None or mask_token_id >= len(tokenizer):
+        return
+    if mask_token_id in tokenizer.all_special_ids and mask_token_id != tokenizer.eos_token_id:
+        return
+    raise UserError(
+        "training.diffusion.mask_token_id: is a token of the text",
+        f"{mask_token_id}, that is {tokenizer.convert_ids_to_tokens(mask_token_id)!r}",
+        "leave it out: the tokenizer's [MASK] is taken, or a row is added",
+    )
 
 
 def check_length(model: PreTrainedModel, config: RunConfig) -> None:

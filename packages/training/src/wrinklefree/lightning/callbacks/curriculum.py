@@ -20,7 +20,7 @@ class CurriculumCallback(pl.Callback):
         assert isinstance(pl_module, WrinkleFreeLightningModule)
         step, manager = pl_module.progress.step + 1, pl_module.objective_manager
         manager.set_weights(self.curriculum.weights(step))
-        if pl_module.teacher is None or manager.needs(self.curriculum.coming(step)).teacher_logits:
+        if pl_module.teacher is None or manager.needs(self.curriculum.coming(step)).teacher:
             return
         pl_module.teacher.close()
         pl_module.teacher = None
