@@ -14,7 +14,7 @@ from wrinklefree.lightning.module import WrinkleFreeLightningModule
 from wrinklefree.lightning.trainer import lightning_trainer
 from wrinklefree.objectives import create_curriculum_scheduler, create_objective_manager
 from wrinklefree.training.batch_size import with_fitting_batch
-from wrinklefree.training.data import calibration_batches, open_loader, prepare_data
+from wrinklefree.training.data import CalibrationBatches, open_loader, prepare_data
 from wrinklefree.training.ending import why_over
 from wrinklefree.training.ranks import joined_ranks
 from wrinklefree.training.recording import recorded
@@ -76,7 +76,7 @@ def run(config: RunConfig) -> RunResult:
             checkpoint=start.checkpoint if start else None,
             takes_what_fits=start is not None and start.takes_what_fits(config),
             needs=manager.needs(manager.objectives),
-            calibration=calibration_batches(config, data),
+            calibration=CalibrationBatches(config, data),
         )
         config = with_fitting_batch(config, directory.path, models, manager, ranks)
         training = config.training

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from bitnet_arch import Schedule, SubLNInit, SubLNPlacement
+from bitnet_arch import LRCInit, Schedule, SubLNInit, SubLNPlacement
 from durable import UserError
+from wrinklefree.objectives.balance import BalanceConfig, BalanceMode
 from wrinklefree.objectives.curriculum import CurriculumConfig
 from wrinklefree.objectives.diffusion import ON_MASKED_TOKENS, DiffusionConfig
 from wrinklefree.optimizers.config import GradientClippingConfig, OptimizerConfig, SchedulerConfig
@@ -69,7 +70,7 @@ class AutoConvertConfig:
     subln: SubLNPlacement = SubLNPlacement.none
     subln_init: SubLNInit = SubLNInit.ones
     calibration_batches: int = 4
-    """Training batches that `subln_init: calibrated` looks at."""
+    """Training batches that a calibrated start looks at, of SubLN or of a low-rank correction."""
 
     def __post_init__(self) -> None:
         require(
@@ -160,6 +161,25 @@ class ActivationSparsityConfig:
     def block_width(self) -> int | None:
         """Neighbours among which some stay; none is the whole token."""
         return None if self.mode is SparsityMode.topk else self.block.m
+
+
+@dataclass(kw_only=True)
+class LRCConfig:
+    """A low-rank correction U(Vᵀx) beside every ternary projection; nothing else is trained (2412.07902)."""
+
+    enabled: bool = False
+    rank: int | None = None
+    """Of U and V; none takes a share of the full rank."""
+    rank_percentage: float = 0.1
+    """Of the smaller side of a projection, when `rank` is none."""
+    init: LRCInit = LRCInit.calibrated
+    """`calibrated` starts at the least error on training batches, `svd` at W − Q(W), `kaiming` at nothing."""
+
+    def __post_init__(self) -> None:
+        key = "training.lrc"
+        require(self.rank is None or self.rank >= 1, f"{key}.rank", self.rank, "1 or more")
+        share = self.rank_percentage
+        require(0 < share <= 1, f"{key}.rank_percentage", share, "above 0, up to 1")
 
 
 @dataclass(kw_only=True)
@@ -365,6 +385,7 @@ class TrainingConfig:
     """The same as `output_dir` at the root, which it overrides."""
     torch_compile: TorchCompileConfig = field(default_factory=TorchCompileConfig)
     auto_convert: AutoConvertConfig = field(default_factory=AutoConvertConfig)
+    lrc: LRCConfig = field(default_factory=LRCConfig)
     lambda_warmup: RampConfig = field(default_factory=RampConfig)
     """λ: how much of the quantised values is blended in."""
     subln_warmup: RampConfig = field(default_factory=RampConfig)
@@ -375,6 +396,8 @@ class TrainingConfig:
     gradient_clipping: GradientClippingConfig = field(default_factory=GradientClippingConfig)
     objectives: dict[str, Any] = field(default_factory=lambda: {"continue_pretrain": {"weight": 1.0}})
     """Name → weight and options of each loss."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """How strongly objectives pull, measured and balanced."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """Of objectives on masked tokens."""
     stage1: Stage1Config = field(default_factory=Stage1Config)
@@ -402,6 +425,13 @@ class TrainingConfig:
                 "training.diffusion.block_size: does not divide training.max_seq_length",
                 f"{block} and {length}",
                 f"set training.max_seq_length to {max(1, length // block) * block}",
+            )
+        interval = self.balance.interval
+        if self.balance.mode is BalanceMode.gradnorm and interval is not None and len(self.objectives) < 2:
+            raise UserError(
+                "training.balance.mode: gradnorm balances two objectives or more",
+                ", ".join(self.objectives),
+                "set training.balance.mode=none",
             )
         if self.early_stopping.enabled and self.validation.every is None:
             raise UserError(

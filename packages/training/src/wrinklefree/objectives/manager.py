@@ -65,6 +65,8 @@ class ObjectiveManager:
         self.diffusion: BlockDiffusion | None = None
         """Of the student, once it is known."""
         self.weights = dict.fromkeys(self.objectives, 1.0)
+        self.scales: dict[str, float] = {}
+        """Beside the weights: what balancing makes of them."""
         self.set_weights(weights or {})
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
@@ -82,10 +84,19 @@ class ObjectiveManager:
         """Those with a weight above 0."""
         return {name: objective for name, objective in self.objectives.items() if self.weights[name] > 0}
 
+    def weight_of(self, name: str) -> float:
+        """The factor of its mean in the loss."""
+        return self.weights[name] * self.scales.get(name, 1.0)
+
     def needs(self, names: Collection[str] | None = None) -> Needs:
         """What the objectives named need, together; without names, the active ones."""
         chosen = self.active if names is None else names
         return reduce(or_, (self.objectives[name].needs() for name in chosen), Needs())
+
+    @property
+    def num_parts(self) -> int:
+        """How many times the tokens of a batch go through the student: clean, and in masked views."""
+        return 1 + (self.plan.num_views if self.plan is not None and self.needs().masked_views else 0)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Tokens of every active objective in a batch, before any forward."""
@@ -119,7 +130,7 @@ class ObjectiveManager:
     def combine(self, losses: Mapping[str, LossSum], total_counts: Mapping[str, int]) -> Tensor:
         """Σ weight · sum / total count; where the count is 0, zero with a graph."""
         parts = [
-            self.weights[name] * divided(loss.total, total_counts[name]) for name, loss in losses.items()
+            self.weight_of(name) * divided(loss.total, total_counts[name]) for name, loss in losses.items()
         ]
         return torch.stack(parts).sum()
 
@@ -171,7 +182,7 @@ class ObjectiveManager:
 
     def _output(self, states: States, batch: Batch, total_counts: Mapping[str, int]) -> ManagerOutput:
         shares = {name: 1 / total_counts[name] if total_counts[name] else 0.0 for name in self.active}
-        factors = {name: self.weights[name] * share for name, share in shares.items()}
+        factors = {name: self.weight_of(name) * share for name, share in shares.items()}
         shared = {name: part for name, part in self.active.items() if isinstance(part, VocabularyObjective)}
         losses = {name: part(states, batch) for name, part in self.active.items() if name not in shared}
         parts = [loss.total * factors[name] for name, loss in losses.items()]

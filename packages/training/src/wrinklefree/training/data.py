@@ -123,10 +123,16 @@ def open_loader(
     )
 
 
-def calibration_batches(config: RunConfig, data: PreparedData) -> Iterator[Tensor]:
-    """Token ids of the first micro-batches of the run."""
-    training = config.training
-    wanted = training.auto_convert.calibration_batches * training.batch_size
-    with open_loader(config, data, num_samples=wanted) as loader:
-        for batch in loader:
-            yield batch.input_ids
+@dataclass(frozen=True, slots=True)
+class CalibrationBatches:
+    """Token ids of the first micro-batches of the run, as often as somebody asks."""
+
+    config: RunConfig
+    data: PreparedData
+
+    def __iter__(self) -> Iterator[Tensor]:
+        training = self.config.training
+        wanted = training.auto_convert.calibration_batches * training.batch_size
+        with open_loader(self.config, self.data, num_samples=wanted) as loader:
+            for batch in loader:
+                yield batch.input_ids

@@ -4,9 +4,10 @@
                      + 12 · layers · heads · head_dim · length of a block (attention scores and their use)
 
 as in PaLM (arXiv 2204.02311, appendix B): forward and backward of the student, the attention of a block as if
-it were not causal. What else a run does (a teacher's forward pass, recomputed activations, quantising) is no
-useful work in this count, so a distilled run shows less. The speed it is compared with is not a data sheet's
-but a square matrix product of the same dtype, measured here when the run begins.
+it were not causal. Masked views of a token count as tokens. What else a run does (a teacher's forward pass,
+recomputed activations, quantising) is no useful work in this count, so a distilled run shows less. The speed
+it is compared with is not a data sheet's but a square matrix product of the same dtype, measured here when
+the run begins.
 """
 
 import time

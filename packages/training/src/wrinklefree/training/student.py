@@ -14,18 +14,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bitnet_arch import (
     BlockDiffusion,
     ConversionConfig,
+    LRCInit,
     add_mask_token,
     block_diffusion_of,
     check_mask_token,
+    convert_bitlinear_to_lrc,
     convert_to_bitnet,
+    freeze_model_except_lrc,
     load_bitnet,
     set_block_diffusion,
+    set_quant_amount,
+    set_subln_amount,
     start_mask_at_mean,
 )
 from bitnet_arch.checkpoint import open_checkpoint, read_tensors
+from bitnet_arch.lrc import lrc_layers
 from data_handler.demo import TOKENIZER_DIR
 from durable import ExitCode, UserError
-from wrinklefree.config.schema import ModelConfig, RunConfig
+from wrinklefree.config.schema import LRCConfig, ModelConfig, RunConfig
 from wrinklefree.objectives.base import Needs
 from wrinklefree.objectives.diffusion import DiffusionConfig
 from wrinklefree.pretrained import Pretrained, load_pretrained
@@ -89,6 +95,8 @@ def build_models(
     if teacher is not None:
         teacher = teacher.float() if config.training.precision == "fp32" else teacher.bfloat16()
         teacher.eval().requires_grad_(False)
+    if config.training.lrc.enabled:
+        _correct(student, config.training.lrc, calibration)
     check_length(student, config)
     if config.training.torch_compile.enabled:
         compile_blocks(student)
@@ -247,6 +255,24 @@ def _convert(student: PreTrainedModel, config: RunConfig, calibration: Iterable[
         ),
     )
     logger.info("converted %d projections to ternary", len(report.converted))
+
+
+def _correct(student: PreTrainedModel, config: LRCConfig, calibration: Iterable[Tensor]) -> None:
+    """Give every ternary projection a low-rank correction, unless it came with one, and freeze the rest."""
+    if not any(lrc_layers(student)):
+        # What is corrected is the ternary model, whatever the checkpoint's λ and μ were.
+        set_quant_amount(student, 1.0)
+        set_subln_amount(student, 1.0)
+        is_calibrated = config.init is LRCInit.calibrated
+        convert_bitlinear_to_lrc(
+            student,
+            config.rank,
+            config.rank_percentage,
+            config.init,
+            batches=calibration if is_calibrated else None,
+        )
+    counts = freeze_model_except_lrc(student)
+    logger.info("low-rank correction: %s parameters learn, all others are frozen", f"{counts['trainable']:,}")
 
 
 def _set_dropout(model: PreTrainedModel, config: ModelConfig) -> None:

@@ -1,6 +1,7 @@
 """The callbacks of a run, in the order in which they act, and what of them goes into a checkpoint.
 
-    before a step   curriculum sets the weights of objectives, ramps set λ, μ and sparsity
+    before a step   curriculum sets the weights of objectives, ramps set λ, μ and sparsity,
+                    balance measures the objectives' gradients
     after it        metrics ─► non-finite guard ─► influence ─► ternary statistics ─► validation
                       ─► is the run over? ─► best ─► saving ─► samples ─► progress
 
@@ -14,9 +15,11 @@ import pytorch_lightning as pl
 
 from data_handler import TrainingLoader
 from wrinklefree.config import RunConfig
+from wrinklefree.lightning.callbacks.balance import BalanceCallback
 from wrinklefree.lightning.callbacks.best import BestCheckpointCallback
 from wrinklefree.lightning.callbacks.curriculum import CurriculumCallback
 from wrinklefree.lightning.callbacks.early_stopping import EarlyStoppingCallback
+from wrinklefree.lightning.callbacks.frozen import FrozenCallback
 from wrinklefree.lightning.callbacks.influence import InfluenceTrackerCallback
 from wrinklefree.lightning.callbacks.metrics import MetricsCallback
 from wrinklefree.lightning.callbacks.non_finite import NonFiniteCallback
@@ -99,6 +102,9 @@ def build_callbacks(
         keep_last_n=training.checkpoint.keep_last_n,
     )
     callbacks: list[pl.Callback] = [ramps, MetricsCallback(writer, ramps, loader.schedule), non_finite]
+    if len(module.objective_manager.objectives) > 1 and training.balance.interval is not None:
+        parts["balance"] = balance = BalanceCallback(training.balance, writer)
+        callbacks.insert(1, balance)
     if curriculum is not None:
         callbacks.insert(0, CurriculumCallback(curriculum, writer))
     if training.influence.enabled:
@@ -111,6 +117,9 @@ def build_callbacks(
             writer, every=training.logging.ternary_interval
         )
         callbacks.append(ternary)
+    if any(not parameter.requires_grad for parameter in models.student.parameters()):
+        parts["frozen"] = frozen = FrozenCallback(writer)
+        callbacks.append(frozen)
     callbacks += [validation, TokenCountCallback(config)]
     if training.early_stopping.enabled:
         parts["early_stopping"] = stopping = EarlyStoppingCallback(

@@ -52,6 +52,7 @@ class ProgressCallback(pl.Callback):
         assert report is not None
         self._num_steps += 1
         self._num_tokens += report.num_tokens
+        self._num_run += report.num_tokens * pl_module.objective_manager.num_parts
         is_due = not self._has_printed or report.step % self.every == 0 or report.step == pl_module.max_steps
         if is_due or self.line.is_live:
             self.line.show(self._line(report, pl_module), keep=is_due)
@@ -67,6 +68,8 @@ class ProgressCallback(pl.Callback):
 
     def _start_counting(self) -> None:
         self._since, self._num_steps, self._num_tokens = time.perf_counter(), 0, 0
+        self._num_run = 0
+        """Tokens, those of masked views included."""
 
     def _line(self, report: StepReport, module: WrinkleFreeLightningModule) -> str:
         seconds = time.perf_counter() - self._since
@@ -84,6 +87,6 @@ class ProgressCallback(pl.Callback):
             f"{speed:,.0f} tokens/s",
         ]
         if self.tokens_at_full_speed is not None:
-            parts.append(f"MFU {speed / self.tokens_at_full_speed:.1%}")
+            parts.append(f"MFU {self._num_run / seconds / self.tokens_at_full_speed:.1%}")
         parts += [f"memory {megabytes(memory_in_use(module.device))}", f"{clock(left)} left"]
         return "  ".join(parts)
