@@ -87,6 +87,9 @@ PHASES = (
     "training.curriculum.enabled=true",
     f"training.curriculum.phases=[{HALVES},{{until: 1, objectives: {{continue_pretrain: 0.25}}}}]",
 )
+CORRECTED = "training.lrc.enabled=true"
+MASKED = "training.objectives.dlm={weight: 1}"
+TAUGHT = "training.objectives.logits_distill={weight: 1000}"
 WANDB = "training.logging.wandb.enabled=true"
 PROFILE = (
     "gpu.name=big",
@@ -181,6 +184,18 @@ WALKED: dict[str, tuple[str, ...]] = {
     "training.gradient_clipping.zclip.min_limit": ("100", *SPIKES),
     "training.gradient_clipping.zclip.skip_update_on_spike": ("true", *SPIKES),
     "training.objectives": ("{continue_pretrain: {weight: 0.5}}",),
+    "training.lrc.enabled": ("true",),
+    "training.lrc.rank": ("2", CORRECTED),
+    "training.lrc.rank_percentage": ("0.5", CORRECTED),
+    "training.lrc.init": ("svd", CORRECTED),
+    "training.balance.mode": ("gradnorm", TAUGHT),
+    "training.balance.interval": ("2", TAUGHT),
+    "training.balance.warn_steps": ("1", TAUGHT, "training.balance.interval=1"),
+    "training.diffusion.block_size": ("8", MASKED),
+    "training.diffusion.mask_token_id": ("1", MASKED),
+    "training.diffusion.complementary": ("false", MASKED),
+    "training.diffusion.mask_prob": ("0.2", MASKED),
+    "training.diffusion.attention": ("causal", MASKED),
     "training.curriculum.enabled": ("false", *PHASES),
     "training.curriculum.interpolation": ("linear", *PHASES),
     "training.curriculum.phases": (
