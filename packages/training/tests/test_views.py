@@ -462,3 +462,37 @@ def test_a_model_without_a_mask_is_one_line() -> None:
 def test_what_a_configuration_gets_wrong_is_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DiffusionConfig(**options)
+
+
+def test_what_is_taken_from_inside_is_of_the_clean_tokens() -> None:
+    model, batch = student(tiny_qwen3), made_batch()
+    with torch.no_grad():
+        plain = decoder_states(model, batch, hidden_states=True, relations=(-1,))
+        beside = decoder_states(
+            model, batch, views=PLAN.draw(batch), plan=PLAN, hidden_states=True, relations=(-1,)
+        )
+        outputs = model.get_submodule("model")(
+            batch.input_ids, position_ids=batch.position_ids, output_hidden_states=True
+        )
+
+    assert len(beside.layers) == len(outputs.hidden_states) - 1
+    for ours, theirs in zip(beside.layers, plain.layers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for ours, theirs in zip(beside.relations[-1], plain.relations[-1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    # The first sample is one document, which transformers masks by itself.
+    torch.testing.assert_close(plain.layers[0][:1], outputs.hidden_states[1][:1], rtol=0, atol=1e-5)
+
+
+def test_attention_is_told_of_each_part() -> None:
+    """QK-clip looks at the logits of masked views, too."""
+    from wrinklefree.attention import AttentionInput, observed
+
+    model, batch = student(), made_batch()
+    seen: list[AttentionInput] = []
+    layer = model.get_submodule("model.layers.0.self_attn")
+    with observed(config_of(model), {layer: seen.append}, wanted_by="test"):
+        parts(model, batch)
+
+    assert [(each.query.shape[2], each.key.shape[2]) for each in seen] == [(24, 24), (24, 48), (24, 48)]
+    assert config_of(model)._attn_implementation == "sdpa"

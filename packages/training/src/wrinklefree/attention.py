@@ -1,7 +1,10 @@
-"""Looks at what goes into a decoder's attention, whose output stays as it is, to the bit.
+"""What we put around the attention functions of transformers, which takes others by name.
 
-transformers lets a program register attention functions by name. Ours are its own with observers beside
-them: whatever is in `attention_observers` of the attention module is told of queries, keys and values.
+`observed` looks at what goes in; the output stays as it is, to the bit. `by_parts` runs SDPA over clean
+tokens and each masked view of them (`objectives.views`) one after the other: queries of a view meet the keys
+of the clean part and its own, a third to a half of all pairs, and no other view's.
+
+Shapes: B samples, H heads, T tokens of a part, P parts, D head size.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from durable import UserError
 
-SUFFIX = "_observed"
+SUFFIX, BY_PARTS = "_observed", "_by_parts"
 OBSERVABLE = ("sdpa", "flex_attention")
 
 
@@ -81,6 +85,39 @@ def _observing(name: str) -> Any:
     return attention
 
 
+@contextmanager
+def by_parts(config: Any) -> Iterator[None]:
+    """Take the compact mask of `objectives.views.compact_view_mask` in the forward passes inside."""
+    usual = str(config._attn_implementation)
+    config._attn_implementation = usual + BY_PARTS
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+def _in_parts(name: str) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> Any:
+        whole = ALL_ATTENTION_FUNCTIONS[name]
+        length = attention_mask.shape[-1] // 2
+        is_plain = attention_mask.shape[-2] == length
+        clean_mask = None if is_plain else attention_mask[..., :length, :length]
+        view_mask = attention_mask[..., -length:, :]
+        queries, keys, values = (each.split(length, dim=2) for each in (query, key, value))
+        outputs = [whole(module, queries[0], keys[0], values[0], clean_mask, **options)[0]]
+        for view in range(1, len(queries)):
+            seen = [torch.cat([each[0], each[view]], dim=2) for each in (keys, values)]
+            outputs.append(whole(module, queries[view], *seen, view_mask, **options)[0])
+        return torch.cat(outputs, dim=1), None
+
+    return attention
+
+
 for _name in OBSERVABLE:
     ALL_ATTENTION_FUNCTIONS.register(_name + SUFFIX, _observing(_name))
     ALL_MASK_ATTENTION_FUNCTIONS.register(_name + SUFFIX, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+for _name in ("sdpa", "sdpa" + SUFFIX):
+    ALL_ATTENTION_FUNCTIONS.register(_name + BY_PARTS, _in_parts(_name))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_name + BY_PARTS, ALL_MASK_ATTENTION_FUNCTIONS[_name])

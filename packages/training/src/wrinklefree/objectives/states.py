@@ -21,7 +21,7 @@ from bitnet_arch.walk import config_of
 from data_handler import Batch
 from data_handler.masks import attention_mask
 from durable import UserError
-from wrinklefree.attention import AttentionInput, Observer, observed
+from wrinklefree.attention import AttentionInput, Observer, by_parts, observed
 from wrinklefree.objectives.head import Head, open_head
 from wrinklefree.objectives.views import MaskedViews, ViewPlan, view_attention_mask
 
@@ -126,7 +126,10 @@ def decoder_states(
         else:
             assert plan is not None
             assert diffusion is not None, "who asks for views has a [MASK]"
-            output = body(**_inputs_of_views(model, batch, views, plan, diffusion.mask_token_id))
+            inputs = _inputs_of_views(model, batch, views, plan, diffusion.mask_token_id)
+            if not plan.causal and str(config._attn_implementation).startswith("sdpa"):
+                looking.enter_context(by_parts(config))
+            output = body(**inputs)
     if excluded is None and diffusion is not None:
         excluded = diffusion.mask_token_id
     head = model.get_submodule(walked.head)
@@ -208,7 +211,8 @@ class _Taken:
     def relations(self, model: nn.Module, walked: ModelWalk, wanted: Collection[int]) -> Iterator[None]:
         def taker(number: int) -> Observer:
             def take(seen: AttentionInput) -> None:
-                self.by_layer[number] = (seen.query, seen.key, seen.value)
+                # Masked views come after the clean part.
+                self.by_layer.setdefault(number, (seen.query, seen.key, seen.value))
 
             return take
 

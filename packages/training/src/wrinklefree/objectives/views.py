@@ -131,14 +131,7 @@ def view_mask(
 ) -> Tensor:
     """[B, 1, P · T, P · T] boolean: True where a query may look at a key."""
     length = document_ids.shape[1]
-    block_BT = block_ids(position_ids, block_size)
-    block_BQ, block_BK = block_BT[:, None, :, None], block_BT[:, None, None, :]
-    clean = document_mask(document_ids, sliding_window=sliding_window)
-    # Blocks ascend with their places, so an earlier block is in the past; the causal mask knows the document.
-    to_clean = clean & (block_BK < block_BQ)
-    to_own = block_BK == block_BQ
-    if sliding_window is not None:
-        to_own &= document_mask(document_ids, causal=False, sliding_window=sliding_window)
+    clean, to_clean, to_own = _quarters(document_ids, position_ids, block_size, sliding_window)
     parts = 1 + num_views
     whole = clean.new_zeros(len(clean), 1, parts * length, parts * length)
     whole[..., :length, :length] = clean
@@ -149,23 +142,52 @@ def view_mask(
     return whole
 
 
+def _quarters(
+    document_ids: Tensor, position_ids: Tensor, block_size: int, sliding_window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, 1, T, T] each: clean to clean, view to clean, view to itself."""
+    block_BT = block_ids(position_ids, block_size)
+    block_BQ, block_BK = block_BT[:, None, :, None], block_BT[:, None, None, :]
+    clean = document_mask(document_ids, sliding_window=sliding_window)
+    # Blocks ascend with their places, so an earlier block is in the past; the causal mask knows the document.
+    to_clean = clean & (block_BK < block_BQ)
+    to_own = block_BK == block_BQ
+    if sliding_window is not None:
+        to_own &= document_mask(document_ids, causal=False, sliding_window=sliding_window)
+    return clean, to_clean, to_own
+
+
+def compact_view_mask(
+    document_ids: Tensor, position_ids: Tensor, *, block_size: int, sliding_window: int | None = None
+) -> Tensor:
+    """For `attention.by_parts`: [B, 1, T, 2 · T], whom any view looks at in the clean part and in itself.
+
+    Above it stand T rows of the clean part, where that is not merely causal.
+    """
+    clean, *of_view = _quarters(document_ids, position_ids, block_size, sliding_window)
+    view = torch.cat(of_view, dim=-1)
+    is_one_document = bool((document_ids == document_ids[:, :1]).all())
+    if is_one_document and (sliding_window is None or sliding_window >= document_ids.shape[1]):
+        return view
+    return torch.cat([torch.cat([clean, torch.zeros_like(clean)], dim=-1), view], dim=-2)
+
+
 def view_attention_mask(
     config: Any, batch: Batch, *, block_size: int, num_views: int, dtype: torch.dtype
 ) -> Any:
-    """`view_mask` as a transformers model with this `config` takes it; a dict where layers differ."""
+    """As a transformers model with this `config` takes it, SDPA by parts; a dict where layers differ."""
     implementation = str(getattr(config, "_attn_implementation", None))
 
     def mask(window: int | None) -> Any:
         if implementation.startswith("flex"):
             return flex_view_mask(batch, block_size=block_size, num_views=num_views, sliding_window=window)
+        documents, positions = batch.document_ids, batch.position_ids
+        if implementation.startswith("sdpa"):
+            return compact_view_mask(documents, positions, block_size=block_size, sliding_window=window)
         allowed = view_mask(
-            batch.document_ids,
-            batch.position_ids,
-            block_size=block_size,
-            num_views=num_views,
-            sliding_window=window,
+            documents, positions, block_size=block_size, num_views=num_views, sliding_window=window
         )
-        return added_mask(allowed, dtype) if implementation == "eager" else allowed
+        return added_mask(allowed, dtype)
 
     return by_layer_type(config, mask)
 
