@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,72 @@ def test_a_curriculum_that_does_not_hold_is_one_line(given: list[str], said: str
     assert caught.value.exit_code == 2
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def one_source(path: Path, name: str, word: str) -> Path:
+    """A data config of one source that says one word."""
+    lines = [json.dumps({"text": f"{word} {number} " * 12}) for number in range(300)]
+    (path / f"{name}.jsonl").write_text("\n".join(lines))
+    config = path / f"{name}.yaml"
+    source = f"{{format: jsonl, path: {path}/{name}.jsonl, probe_one_in: 20}}"
+    config.write_text(f"name: {name}\nsources:\n  {word}: {source}\n")
+    return config
+
+
+def test_a_phase_reads_its_own_data_and_so_does_a_resumed_run(tmp_path: Path) -> None:
+    first, second = one_source(tmp_path, "first", "apples"), one_source(tmp_path, "second", "pears")
+    listed = [
+        {"until": 0.5, "objectives": {"continue_pretrain": 1.0}},
+        {"until": 1.0, "objectives": {"continue_pretrain": 1.0}, "data": str(second)},
+    ]
+    wanted = [
+        "training.curriculum.enabled=true",
+        f"training.curriculum.phases={json.dumps(listed).replace(chr(34), '')}",
+        f"data.config_name={first}",
+        "data.window_samples=4",
+        "training.max_steps=8",
+        f"data.directory={tmp_path / 'data'}",
+    ]
+
+    whole = train(tmp_path / "whole", *wanted)
+
+    rows = read_metrics(whole.directory / "metrics.jsonl")
+    # The phase begins with step 5, when 10 samples are read; its window with the 12th, in step 7.
+    assert [row["weights"]["pears"] for row in rows] == [0, 0, 0, 0, 0, 0, 1, 1]
+    lines = [json.loads(line) for line in (whole.directory / "metrics.jsonl").read_text().splitlines()]
+    (event,) = [line for line in lines if line.get("event") == "data_phase"]
+    assert (event["step"], event["from_sample"], event["data"]) == (5, 12, str(second))
+
+    for killed_after in (3, 6):
+        copy = tmp_path / f"after {killed_after}"
+        shutil.copytree(tmp_path / "whole", copy)
+        checkpoints = next(copy.glob("checkpoints/*/*")) / "checkpoints"
+        for path in checkpoints.iterdir():
+            if path.name == "final" or int(path.name.removeprefix("step_")) > killed_after:
+                shutil.rmtree(path)
+        resumed = read_metrics(train(copy, *wanted).directory / "metrics.jsonl")
+        assert [row["loss"] for row in resumed] == [row["loss"] for row in rows]
+        assert [row["weights"] for row in resumed] == [row["weights"] for row in rows]
+
+
+def test_influence_moves_the_weights_of_the_present_phase_alone(tmp_path: Path) -> None:
+    listed = [
+        {"until": 0.5, "objectives": {"continue_pretrain": 1.0}},
+        {"until": 1.0, "objectives": {"continue_pretrain": 1.0}, "data": "demo"},
+    ]
+    only = one_source(tmp_path, "only", "plums")
+    result = train(
+        tmp_path / "out",
+        "training.curriculum.enabled=true",
+        f"training.curriculum.phases={json.dumps(listed).replace(chr(34), '')}",
+        f"data.config_name={only}",
+        "data.window_samples=8",
+        "training.max_steps=18",
+        "training.influence={enabled: true, update_interval: 2, warmup_steps: 0, learning_rate: 1.0, "
+        "noise: 0.0, num_samples: 3, min_weight: 0.15}",
+    )
+
+    weights = [row["weights"] for row in read_metrics(result.directory / "metrics.jsonl")]
+    assert all(each["plums"] == 1 for each in weights[:12])
+    assert all(each["plums"] == 0 for each in weights[12:])
+    assert len({tuple(each.values()) for each in weights[12:]}) > 1

@@ -86,7 +86,7 @@ def test_a_touched_weight_ends_the_run() -> None:
     callback = FrozenCallback(writer=None)
     callback._compare(model)
     with torch.no_grad():
-        model.get_input_embeddings().weight[0, 0] += 1e-6
+        model.model.embed_tokens.weight[0, 0] += 1e-6
 
     with pytest.raises(RuntimeError, match="frozen"):
         callback._compare(model)

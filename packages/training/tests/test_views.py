@@ -408,12 +408,12 @@ def test_a_mask_behind_the_vocabulary_changes_no_loss() -> None:
     model, batch = tiny_llama(), made_batch()
     alone = ObjectiveManager({"continue_pretrain": ContinuePretrainObjective()})
     expected = alone.step(model, None, batch, alone.counts(batch)).loss
-    expected_gradient = torch.autograd.grad(expected, model.get_input_embeddings().weight)[0]
+    expected_gradient = torch.autograd.grad(expected, model.model.embed_tokens.weight)[0]
 
     model = tiny_llama()
     set_block_diffusion(model, BlockDiffusion(mask_token_id=add_mask_token(model), block_size=BLOCK))
     found = alone.step(model, None, batch, alone.counts(batch)).loss
-    gradient = torch.autograd.grad(found, model.get_input_embeddings().weight)[0]
+    gradient = torch.autograd.grad(found, model.model.embed_tokens.weight)[0]
 
     assert torch.equal(found, expected)
     torch.testing.assert_close(gradient[:-1], expected_gradient, rtol=0, atol=1e-9)

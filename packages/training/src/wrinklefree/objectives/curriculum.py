@@ -36,6 +36,8 @@ class PhaseConfig:
     """Share of the run's steps at which it ends; a first phase until 0 is where the others start from."""
     objectives: dict[str, float] = field(default_factory=dict)
     """Name → weight; an objective that is not named has weight 0."""
+    data: str | None = None
+    """A data config from here on; none stays with the one before."""
 
 
 @dataclass(kw_only=True)
@@ -55,6 +57,7 @@ class CurriculumPhase:
     end_ratio: float
     """Share of the run's steps at which it ends."""
     objective_weights: Mapping[str, float]
+    data_config: str | None = None
 
 
 class CurriculumScheduler:
@@ -89,6 +92,11 @@ class CurriculumScheduler:
         if self.interpolation is Interpolation.cosine:
             share = (1 - math.cos(math.pi * share)) / 2
         return {name: before[name] + (now[name] - before[name]) * share for name in self.names}
+
+    def data_config(self, step: int) -> str | None:
+        """The data config of this step; none where no phase up to it named one."""
+        named = [phase.data_config for phase in self.phases[: self._place(step) + 1] if phase.data_config]
+        return named[-1] if named else None
 
     def coming(self, step: int) -> set[str]:
         """Objectives with a weight above 0 in this step or a later one."""

@@ -92,6 +92,7 @@ def create_curriculum_scheduler(config: CurriculumConfig, total_steps: int) -> C
             phase.name or f"phase {number}",
             phase.until,
             {canonical_name(name): weight for name, weight in phase.objectives.items()},
+            phase.data,
         )
         for number, phase in enumerate(config.phases, start=1)
     ]

@@ -22,8 +22,8 @@ _WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedData:
-    """Token shards on this disk."""
+class PreparedConfig:
+    """A data config, and where its token shards are, or will be."""
 
     config: DataConfig
     directory: Path
@@ -34,8 +34,25 @@ class PreparedData:
             name for name in self.config.weights if not (self.directory / name / "manifest.json").is_file()
         ]
 
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """Token shards on this disk: all sources that some phase of the run reads."""
+
+    name: str
+    """Of the data config that the run begins with."""
+    directories: dict[str, Path]
+    """Source → its shards and its probe."""
+    weights_of: dict[str, dict[str, float]]
+    """Data config → weight of every source, 0 for those of others."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """That the run begins with."""
+        return self.weights_of[self.name]
+
     def train_dirs(self) -> dict[str, Path]:
-        return {name: self.directory / name / "train" for name in self.config.weights}
+        return {name: directory / "train" for name, directory in self.directories.items()}
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Source → what its shards were made from."""
@@ -47,27 +64,51 @@ class PreparedData:
 
     def probes(self) -> dict[str, Probe]:
         """Held-out documents of every source that has some."""
-        found = {name: self.directory / name / "probe" for name in self.config.weights}
+        found = {name: directory / "probe" for name, directory in self.directories.items()}
         return {name: Probe(path) for name, path in found.items() if path.is_dir()}
 
 
 def prepare_data(config: RunConfig) -> PreparedData:
-    """Prepare the sources that are not there yet."""
+    """Prepare the sources that are not there yet, of the run's data config and of its phases'."""
+    directories: dict[str, Path] = {}
+    given: dict[str, dict[str, float]] = {}
+    for name in data_configs(config):
+        prepared = _prepared(config, name)
+        own = {}
+        for source, weight in prepared.config.weights.items():
+            directory = prepared.directory / source
+            # Two configs may call different texts the same.
+            key = source if directories.get(source, directory) == directory else f"{name}:{source}"
+            directories[key], own[key] = directory, weight
+        given[name] = own
+    weights = {name: dict.fromkeys(directories, 0.0) | own for name, own in given.items()}
+    return PreparedData(next(iter(given)), directories, weights)
+
+
+def data_configs(config: RunConfig) -> list[str]:
+    """What the run reads in its phases, the first one first; each once."""
+    curriculum = config.training.curriculum
+    named = [phase.data for phase in curriculum.phases] if curriculum.enabled else []
+    first = [] if named and named[0] else [config.data.config_name]
+    return list(dict.fromkeys([*first, *(name for name in named if name)]))
+
+
+def _prepared(config: RunConfig, name: str) -> PreparedConfig:
     from data_handler.encoder import load_encoder
 
-    data_config = load_data_config(config.data.config_name)
-    name = tokenizer_name(config.model)
+    data_config = load_data_config(name)
+    tokenizer = tokenizer_name(config.model)
     if config.data.directory is not None:
         directory = Path(config.data.directory)
     else:
-        directory = shared_directory() / f"{data_config.name}-{load_encoder(name).fingerprint[:12]}"
-    prepared = PreparedData(data_config, directory)
+        directory = shared_directory() / f"{data_config.name}-{load_encoder(tokenizer).fingerprint[:12]}"
+    prepared = PreparedConfig(data_config, directory)
     if prepared.absent():
-        _prepare(prepared, name)
+        _prepare(prepared, tokenizer)
     return prepared
 
 
-def _prepare(wanted: PreparedData, tokenizer: str) -> None:
+def _prepare(wanted: PreparedConfig, tokenizer: str) -> None:
     """Runs share their data: who comes while another prepares it waits for that."""
     from data_handler.prepare import prepare
 
@@ -109,7 +150,7 @@ def open_loader(
 ) -> TrainingLoader:
     """Micro-batches of this rank, from sample 0; none gives `num_samples` of the whole run."""
     training = config.training
-    schedule = MixtureSchedule(data.config.weights, config.seed, config.data.window_samples)
+    schedule = MixtureSchedule(data.weights, config.seed, config.data.window_samples)
     per_step = training.batch_size * training.gradient_accumulation_steps * world_size
     return TrainingLoader(
         data.train_dirs(),

@@ -1,6 +1,6 @@
 """The callbacks of a run, in the order in which they act, and what of them goes into a checkpoint.
 
-    before a step   curriculum sets the weights of objectives, ramps set λ, μ and sparsity,
+    before a step   curriculum sets the weights of objectives and of sources, ramps set λ, μ and sparsity,
                     balance measures the objectives' gradients
     after it        metrics ─► non-finite guard ─► influence ─► ternary statistics ─► validation
                       ─► is the run over? ─► best ─► saving ─► samples ─► progress
@@ -23,6 +23,7 @@ from wrinklefree.lightning.callbacks.frozen import FrozenCallback
 from wrinklefree.lightning.callbacks.influence import InfluenceTrackerCallback
 from wrinklefree.lightning.callbacks.metrics import MetricsCallback
 from wrinklefree.lightning.callbacks.non_finite import NonFiniteCallback
+from wrinklefree.lightning.callbacks.phase_data import PhaseDataCallback
 from wrinklefree.lightning.callbacks.progress import ProgressCallback
 from wrinklefree.lightning.callbacks.ramps import RampCallback
 from wrinklefree.lightning.callbacks.samples import SamplesCallback
@@ -107,11 +108,14 @@ def build_callbacks(
         callbacks.insert(1, balance)
     if curriculum is not None:
         callbacks.insert(0, CurriculumCallback(curriculum, writer))
+    influence = None
     if training.influence.enabled:
         parts["influence"] = influence = InfluenceTrackerCallback(
             training.influence, models.student, loader, data, seed=config.seed, writer=writer
         )
         callbacks.append(influence)
+    if curriculum is not None and len(data.weights_of) > 1:
+        callbacks.insert(0, PhaseDataCallback(curriculum, data, loader, influence, writer))
     if training.logging.ternary_interval is not None:
         parts["ternary"] = ternary = TernaryStatisticsCallback(
             writer, every=training.logging.ternary_interval

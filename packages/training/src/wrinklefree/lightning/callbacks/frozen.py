@@ -53,5 +53,5 @@ def frozen_sha256(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if not parameter.requires_grad:
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -43,9 +43,15 @@ class InfluenceTrackerCallback(pl.Callback):
         if not self._probes:
             raise UserError(
                 "training.influence: no source of this data config holds out a probe",
-                data.config.name,
+                data.name,
                 "give a source probe_one_in, or switch training.influence.enabled off",
             )
+        self.begin_with(data.weights)
+
+    def begin_with(self, weights: Mapping[str, float]) -> None:
+        """Move these weights from now on, and none of what was moved before; weight 0 keeps a source closed."""
+        config = self.config
+        self.base = {name: weight for name, weight in weights.items() if weight > 0}
         self.tracker = InfluenceTracker(
             TrackerConfig(
                 enabled=config.enabled,
@@ -56,20 +62,21 @@ class InfluenceTrackerCallback(pl.Callback):
                     min_weight=config.min_weight, max_weight=config.max_weight, noise=config.noise
                 ),
             ),
-            data.config.weights,
+            self.base,
             self._scores,
             self,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return self.tracker.state_dict()
+        return {"base": self.base, **self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.begin_with(state["base"])
         self.tracker.load_state_dict(state)
 
     def reweight(self, sample: int, weights: dict[str, float]) -> object:
         """New weights from the next window on; what was read ahead beyond it is dropped."""
-        return self.loader.reweight(weights)
+        return self.loader.reweight(dict.fromkeys(self._sources, 0.0) | weights)
 
     def on_train_batch_end(
         self,
@@ -93,7 +100,7 @@ class InfluenceTrackerCallback(pl.Callback):
             with without_compiled_blocks(self.model):
                 return score_sources(
                     self.model,
-                    self._sources,
+                    {name: self._sources[name] for name in self.base},
                     self._probes,
                     num_samples=self.config.num_samples,
                     block_size=self.loader.block_size,
