@@ -116,9 +116,14 @@ def load_directory(directory: Path, *, source: str | None = None) -> Pretrained:
     _check_config(directory, source)
     _check_weights(directory, source)
     model = _model(directory, source, dtype="auto")
-    has_tokenizer = any((directory / name).exists() for name in TOKENIZER_FILES)
-    tokenizer = _open(source, lambda: _tokenizer(directory)) if has_tokenizer else None
-    return Pretrained(model, tokenizer, source)
+    return Pretrained(model, tokenizer_beside(directory, source), source)
+
+
+def tokenizer_beside(directory: Path, source: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with a model; None where there is none."""
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return _open(source, lambda: _tokenizer(directory))
 
 
 def load_file(path: Path) -> Pretrained:
