@@ -7,12 +7,11 @@ weights and mode are afterwards what they were.
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from durable import UserError
 from wrinklefree.config.schema import SamplesConfig
+from wrinklefree.generation import Decoding, generate_ids
 from wrinklefree.lightning.callbacks.ramps import RampCallback
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
 from wrinklefree.training.metrics import append_row
@@ -65,39 +64,13 @@ class SamplesCallback(pl.Callback):
         for number, (prompt, tokens) in enumerate(zip(self.config.prompts, self.prompts, strict=True)):
             for temperature in (0.0, self.config.temperature):
                 seed = seed_for(self.seed, "sample", step, number)
-                written = continued(
-                    model, tokens, self.config.max_new_tokens, temperature=temperature, seed=seed
+                decoding = Decoding(
+                    max_new_tokens=self.config.max_new_tokens, temperature=temperature, seed=seed
                 )
                 assert self.tokenizer is not None
-                text = self.tokenizer.decode(written)
+                text = self.tokenizer.decode(generate_ids(model, tokens, decoding, ends=()).tokens)
                 row = {"step": step, **amounts, "prompt": prompt, "temperature": temperature, "text": text}
                 append_row(path, "sample", row)
-
-
-@torch.no_grad()
-def continued(
-    model: PreTrainedModel, tokens: list[int], num_new: int, *, temperature: float, seed: int
-) -> list[int]:
-    """The tokens that the model writes after these, the likeliest ones at temperature 0.
-
-    Draws come from a generator of their own, so nobody else's random numbers move on.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([tokens], device=model.device)
-    cache, written = None, []
-    for _ in range(num_new):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        token = _next(output.logits[0, -1].float().cpu(), temperature, generator)
-        written.append(token)
-        ids = torch.tensor([[token]], device=model.device)
-    return written
-
-
-def _next(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0 or not logits.isfinite().all():
-        return int(logits.argmax())
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
 
 
 def _encoded(
