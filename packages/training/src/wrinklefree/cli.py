@@ -148,6 +148,87 @@ def evaluate(
     run(path, data=data, num_batches=batches)
 
 
+MODEL = typer.Argument(
+    metavar="MODEL", help="The directory of a run or a checkpoint, or whatever convert takes."
+)
+MODE = typer.Option(help="Token after token, or block diffusion (a model trained with dlm).")
+MAX_NEW_TOKENS = typer.Option(metavar="N", help="128, or as many as the model has positions for.")
+TEMPERATURE = typer.Option(help="0 takes the likeliest token.")
+TOP_P = typer.Option(help="Draw from the likeliest tokens with this probability together.")
+SEED = typer.Option(help="Of the draws.")
+THRESHOLD = typer.Option(help="Diffusion: take tokens with more confidence together.")
+SUB_BLOCK = typer.Option(metavar="N", help="Diffusion: tokens filled in from left to right at once; 8.")
+PREFIX_CACHE = typer.Option("--prefix-cache/--no-prefix-cache", help="Keep keys and values of what was read.")
+STREAM = typer.Option("--stream/--no-stream", help="Print text as it comes.")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, MODEL],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Go on from it; repeatable. Else from stdin."),
+    ] = None,
+    mode: Annotated[Literal["ar", "diffusion"], MODE] = "ar",
+    max_new_tokens: Annotated[int | None, MAX_NEW_TOKENS] = None,
+    temperature: Annotated[float, TEMPERATURE] = 0.0,
+    top_p: Annotated[float, TOP_P] = 1.0,
+    seed: Annotated[int, SEED] = 0,
+    threshold: Annotated[float, THRESHOLD] = 0.9,
+    sub_block: Annotated[int | None, SUB_BLOCK] = None,
+    prefix_cache: Annotated[bool, PREFIX_CACHE] = True,
+    stream: Annotated[bool, STREAM] = True,
+) -> None:
+    """Write what follows a prompt, and say how fast it came."""
+    from wrinklefree.commands.generate import generate as run
+    from wrinklefree.generation.decoding import Decoding
+
+    decoding = Decoding(
+        mode=mode,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        threshold=threshold,
+        sub_block=sub_block,
+        prefix_cache=prefix_cache,
+    )
+    run(model, prompts=prompt or (), decoding=decoding, stream=stream)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, MODEL],
+    mode: Annotated[Literal["ar", "diffusion"], MODE] = "ar",
+    max_new_tokens: Annotated[int | None, MAX_NEW_TOKENS] = None,
+    temperature: Annotated[float, TEMPERATURE] = 0.0,
+    top_p: Annotated[float, TOP_P] = 1.0,
+    seed: Annotated[int, SEED] = 0,
+    threshold: Annotated[float, THRESHOLD] = 0.9,
+    sub_block: Annotated[int | None, SUB_BLOCK] = None,
+    prefix_cache: Annotated[bool, PREFIX_CACHE] = True,
+    stream: Annotated[bool, STREAM] = True,
+) -> None:
+    """Talk with a model that has a chat template.
+
+    Ctrl-C stops an answer; /exit, the end of the input, or Ctrl-C at the prompt end the chat.
+    """
+    from wrinklefree.commands.chat import chat as run
+    from wrinklefree.generation.decoding import Decoding
+
+    decoding = Decoding(
+        mode=mode,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        threshold=threshold,
+        sub_block=sub_block,
+        prefix_cache=prefix_cache,
+    )
+    run(model, decoding=decoding, stream=stream)
+
+
 config_app = typer.Typer(
     help="Look at the configuration of a run.", no_args_is_help=True, rich_markup_mode=None
 )
