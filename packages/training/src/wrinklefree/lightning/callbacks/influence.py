@@ -49,7 +49,7 @@ class InfluenceTrackerCallback(pl.Callback):
         self.begin_with(data.weights)
 
     def begin_with(self, weights: Mapping[str, float]) -> None:
-        """Move these weights from now on, and none of what was moved before; weight 0 keeps a source closed."""
+        """Move these weights from now on, from where they stand; a source of weight 0 stays closed."""
         config = self.config
         self.base = {name: weight for name, weight in weights.items() if weight > 0}
         self.tracker = InfluenceTracker(
