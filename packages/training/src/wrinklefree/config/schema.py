@@ -509,6 +509,19 @@ class GcsConfig:
 
 
 @dataclass(kw_only=True)
+class HubConfig:
+    """Where on the Hugging Face hub a stage looks for the one before it, after this disk and the bucket."""
+
+    repo: str | None = None
+    """ORGANISATION/NAME, with the run directories in it as they are in a bucket; `@REVISION` may follow."""
+
+    def __post_init__(self) -> None:
+        repo = self.repo
+        named = repo is None or repo.count("/") == 1 and all(repo.split("/"))
+        require(named, "hub.repo", repo, "ORGANISATION/NAME")
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -521,6 +534,7 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     gcs: GcsConfig = field(default_factory=GcsConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")

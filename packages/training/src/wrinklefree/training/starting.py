@@ -181,11 +181,14 @@ def _nearest_stage(config: RunConfig, directory: RunDirectory) -> Path | None:
 
 
 def _newest_of(config: RunConfig, directory: RunDirectory) -> Path | None:
-    """Another run's newest checkpoint: on this disk, else in the bucket."""
+    """Another run's newest checkpoint: on this disk, else in the bucket, else on the hub."""
     path = newest_complete(directory.checkpoints, ignore=(BEST,)).or_raise().path
+    folder = run_folder(config, directory)
     if path is None and config.gcs.enabled:
-        address = f"{bucket_address(config).rstrip('/')}/{run_folder(config, directory)}"
+        address = f"{bucket_address(config).rstrip('/')}/{folder}"
         path = fetched_if_any(address, key="gcs.bucket", ignore=(BEST,))
+    if path is None and config.hub.repo is not None:
+        path = fetched_if_any(f"hf://{config.hub.repo}/{folder}", key="hub.repo", ignore=(BEST,))
     return path
 
 
