@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet_arch import BitLinear
 from wrinklefree.objectives.continue_pretrain import cross_entropy
+from wrinklefree.objectives.divergence import Comparison
 from wrinklefree.objectives.head import Head
-from wrinklefree.objectives.logits_distill import softened_kl
 from wrinklefree.objectives.vocabulary import Group, TokenLoss, chunks, weighted_sum
 
 N, D, V = 11, 6, 17
@@ -36,12 +36,11 @@ class Distillation:
     """KL from given logits of a teacher."""
 
     def __init__(self, teacher: Tensor, temperature: float, scale: float) -> None:
-        self.teacher, self.temperature, self.scale = teacher, temperature, scale
+        self.teacher = teacher
+        self.comparison = Comparison(wanted_by="logits_distill", temperature=temperature, scale=scale)
 
     def __call__(self, logits: Tensor, tokens: slice, /, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        return softened_kl(
-            logits, self.teacher[tokens], temperature=self.temperature, scale=self.scale, gradient=gradient
-        )
+        return self.comparison.of_logits(logits, self.teacher[tokens], gradient=gradient)
 
 
 def plain(dtype: torch.dtype) -> Head:
@@ -253,10 +252,11 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(make_head: Callable[[torch.d
     head = make_head(torch.float32)
     states = torch.randn(num_tokens, D, requires_grad=True)
     labels, teacher = torch.randint(0, V, (num_tokens,)), nn.Linear(D, V).requires_grad_(False)
+    comparison = Comparison(wanted_by="logits_distill", temperature=2.0, scale=4.0)
 
     def distillation(logits: Tensor, tokens: slice, /, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
         given = teacher(states[tokens].detach())
-        return softened_kl(logits, given, temperature=2.0, scale=4.0, gradient=gradient)
+        return comparison.of_logits(logits, given, gradient=gradient)
 
     with LargestTensor() as mode:
         loss, _ = chunked(head, states, [CrossEntropy(labels), distillation], [1.0, 1.0], chunk_tokens)

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from bitnet_arch import ModelWalk
 from data_handler import Batch
 from durable import UserError
 from wrinklefree.objectives.states import States
@@ -73,6 +74,9 @@ class Objective(ABC):
         """Nothing but the student, unless an objective says otherwise."""
         return Needs()
 
+    def check_models(self, student: ModelWalk, teacher: ModelWalk) -> None:  # noqa: B027 - most fit any two
+        """UserError where these two cannot be compared: before a run begins."""
+
     @abstractmethod
     def count(self, batch: Batch) -> int:
         """How many tokens the sum runs over: from labels alone, so it is known before any forward."""
@@ -116,6 +120,11 @@ def is_number(value: object, *, at_least: float = -math.inf) -> bool:
         and math.isfinite(value)
         and value >= at_least
     )
+
+
+def is_count(value: object, *, at_least: int) -> bool:
+    """A whole number."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
 def require(holds: bool, key: str, problem: str, found: object) -> None:

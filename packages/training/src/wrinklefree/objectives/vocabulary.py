@@ -67,8 +67,12 @@ class VocabularyObjective(Objective):
     def token_loss(self, states: States, batch: Batch, places: Places) -> TokenLoss:
         """The loss at these places."""
 
+    def beside(self, states: States, batch: Batch) -> Tensor | None:
+        """What the objective adds that is not about the vocabulary: a sum over the same tokens."""
+        return None
+
     def count(self, batch: Batch) -> int:
-        return int((batch.labels[:, 1:] != IGNORED_LABEL).sum())
+        return int(predicting(batch.labels).sum())
 
     def __call__(self, states: States, batch: Batch) -> LossSum:
         total, _ = vocabulary_losses([self], states, batch)
@@ -106,14 +110,25 @@ def vocabulary_losses(
         groups,
         chunk_tokens=_chunk_tokens(states.student),
     )
-    return total * common, sums
+    total = total * common
+    for number, objective in enumerate(objectives):
+        part = objective.beside(states, batch)
+        if part is not None:
+            total = total + factors[number] * part
+            sums[number] += part.detach()
+    return total, sums
+
+
+def predicting(labels_BT: Tensor) -> Tensor:
+    """[B, T] boolean: tokens whose next one has a label."""
+    wanted_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    wanted_BT[:, :-1] = labels_BT[:, 1:] != IGNORED_LABEL
+    return wanted_BT
 
 
 def clean_places(states: States, batch: Batch) -> Places:
     """All tokens with a label, in the clean part."""
-    wanted_BT = torch.zeros_like(batch.labels, dtype=torch.bool)
-    wanted_BT[:, :-1] = batch.labels[:, 1:] != IGNORED_LABEL
-    before_N = wanted_BT.flatten().nonzero().squeeze(1)
+    before_N = predicting(batch.labels).flatten().nonzero().squeeze(1)
     return Places(before_N, batch.labels.flatten()[before_N + 1], states.student.rows(before_N))
 
 
