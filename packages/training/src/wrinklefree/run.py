@@ -78,6 +78,7 @@ def run(config: RunConfig) -> RunResult:
             needs=manager.needs(manager.objectives),
             calibration=CalibrationBatches(config, data),
         )
+        manager.check_models(models.student, models.teacher)
         config = with_fitting_batch(config, directory.path, models, manager, ranks)
         training = config.training
         loader = closing.enter_context(

@@ -5,13 +5,21 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from durable import UserError
+from wrinklefree.objectives.attention_distill import (
+    AttentionDistillConfig,
+    AttentionRelationDistillationObjective,
+)
 from wrinklefree.objectives.base import Objective, ObjectiveConfig, check_common
+from wrinklefree.objectives.bitdistill import BitDistillConfig, BitDistillObjective
 from wrinklefree.objectives.continue_pretrain import ContinuePretrainConfig, ContinuePretrainObjective
 from wrinklefree.objectives.curriculum import CurriculumConfig, CurriculumPhase, CurriculumScheduler
 from wrinklefree.objectives.diffusion import DiffusionConfig
 from wrinklefree.objectives.dlm import DLMConfig, DLMObjective
+from wrinklefree.objectives.layerwise import LayerwiseConfig, LayerwiseDistillationObjective
 from wrinklefree.objectives.logits_distill import LogitsDistillationObjective, LogitsDistillConfig
+from wrinklefree.objectives.lrc_reconstruction import LRCReconstructionConfig, LRCReconstructionObjective
 from wrinklefree.objectives.manager import ObjectiveManager, require_a_weight
+from wrinklefree.objectives.tcs_distill import TCSDistillationObjective, TCSDistillConfig
 from wrinklefree.objectives.views import ViewPlan
 
 
@@ -25,20 +33,16 @@ class Kind:
     """Is it about masked tokens?"""
 
 
-AVAILABLE = {
+KINDS = {
     "continue_pretrain": Kind(ContinuePretrainConfig, ContinuePretrainObjective),
     "dlm": Kind(DLMConfig, DLMObjective, has_plan=True),
     "logits_distill": Kind(LogitsDistillConfig, LogitsDistillationObjective),
+    "attention_distill": Kind(AttentionDistillConfig, AttentionRelationDistillationObjective),
+    "bitdistill": Kind(BitDistillConfig, BitDistillObjective),
+    "layerwise": Kind(LayerwiseConfig, LayerwiseDistillationObjective),
+    "lrc_reconstruction": Kind(LRCReconstructionConfig, LRCReconstructionObjective),
+    "tcs_distill": Kind(TCSDistillConfig, TCSDistillationObjective, has_plan=True),
 }
-COMING = {
-    "layerwise": ("loss_type", "layer_weights", "temperature", "normalize", "ignore_index"),
-    "attention_distill": ("distill_layer", "temperature", "ignore_index"),
-    "bitdistill": ("lambda_logits", "gamma_attention", "temperature", "distill_layer", "ignore_index"),
-    "tcs_distill": ("temperature", "top_k", "ignore_index"),
-    "lrc_reconstruction": ("loss_type", "layer_weights", "temperature", "normalize"),
-}
-"""Objectives that a configuration may describe and a run cannot compute yet, with the options they take."""
-NAMES = (*AVAILABLE, *COMING)
 ALIASES = {"layerwise_distill": "layerwise"}
 COMMON = ("enabled", "weight")
 
@@ -126,12 +130,7 @@ def create_objective(name: str, options: Mapping[str, Any], *, plan: ViewPlan | 
     """One objective from its options; `plan` says what those on masked tokens are about."""
     name = canonical_name(name)
     _check_options(name, options)
-    if name in COMING:
-        raise UserError(
-            f"objectives.{name}: objective {name} is not available yet",
-            fix=f"set objectives.{name}.weight to 0, or use {' or '.join(AVAILABLE)}",
-        )
-    kind = AVAILABLE[name]
+    kind = KINDS[name]
     given = {key: value for key, value in options.items() if key not in COMMON}
     if kind.has_plan:
         given["plan"] = plan or DiffusionConfig().plan(seed=0)
@@ -139,20 +138,19 @@ def create_objective(name: str, options: Mapping[str, Any], *, plan: ViewPlan | 
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    kind = AVAILABLE.get(name)
-    known = [field.name for field in fields(kind.config)] if kind else [*COMMON, *COMING[name]]
+    config = KINDS[name].config
+    known = [field.name for field in fields(config)]
     for option in options:
         if option not in known:
             raise UserError(f"objectives.{name}: unknown key", found=option, choices=known)
-    if kind:
-        kind.config(**options)  # checks them
+    config(**options)  # checks them
 
 
 def canonical_name(name: str) -> str:
     """The name that an objective has here."""
     name = ALIASES.get(name, name)
-    if name not in NAMES:
-        raise UserError("objectives: unknown objective", found=name, choices=NAMES)
+    if name not in KINDS:
+        raise UserError("objectives: unknown objective", found=name, choices=KINDS)
     return name
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitnet_arch import BlockDiffusion, block_diffusion_of
+from bitnet_arch import BlockDiffusion, block_diffusion_of, walk
 from data_handler import Batch
 from data_handler.types import IGNORED_LABEL
 from durable import UserError
@@ -98,6 +98,13 @@ class ObjectiveManager:
         """How many times the tokens of a batch go through the student: clean, and in masked views."""
         return 1 + (self.plan.num_views if self.plan is not None and self.needs().masked_views else 0)
 
+    def check_models(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """UserError for two models that an objective cannot compare, before any step."""
+        if teacher is None:
+            return
+        for objective in self.objectives.values():
+            objective.check_models(walk(student), walk(teacher))
+
     def counts(self, batch: Batch) -> dict[str, int]:
         """Tokens of every active objective in a batch, before any forward."""
         return {name: objective.count(batch) for name, objective in self.active.items()}
@@ -138,6 +145,7 @@ class ObjectiveManager:
         """The losses of logits that are there: `outputs.logits` or `outputs["logits"]`, and the same of the
         batch's labels. Means are over this batch.
         """
+        self._refuse_looking_inside()
         teacher = None if teacher_outputs is None else _states_of(teacher_outputs)
         self._check_teacher(teacher)
         student = _states_of(outputs)
@@ -170,6 +178,15 @@ class ObjectiveManager:
             relations=needs.relations,
         )
         return States(student=states, teacher=taught, views=views)
+
+    def _refuse_looking_inside(self) -> None:
+        for name, objective in self.active.items():
+            if objective.needs().needs_inside or objective.needs().masked_views:
+                raise UserError(
+                    f"objectives.{name}: cannot be computed from logits",
+                    found="outputs of a model",
+                    fix="let the manager run the model: manager.step(student, teacher, batch, counts)",
+                )
 
     def _check_teacher(self, teacher: Teacher | TeacherStates | None) -> None:
         needing = [name for name, objective in self.active.items() if objective.needs().teacher]

@@ -209,26 +209,31 @@ class _Taken:
 
     @contextmanager
     def relations(self, model: nn.Module, walked: ModelWalk, wanted: Collection[int]) -> Iterator[None]:
-        def taker(number: int) -> Observer:
+        numbers: dict[int, list[int]] = {}
+        for number in wanted:
+            numbers.setdefault(layer_index(number, len(walked.layers)), []).append(number)
+
+        def taker(layer: int) -> Observer:
             def take(seen: AttentionInput) -> None:
                 # Masked views come after the clean part.
-                self.by_layer.setdefault(number, (seen.query, seen.key, seen.value))
+                for number in numbers[layer]:
+                    self.by_layer.setdefault(number, (seen.query, seen.key, seen.value))
 
             return take
 
         observers = {}
-        for number in wanted:
-            path = walked.layers[layer_index(number, len(walked.layers))].projections["q_proj"]
-            observers[model.get_submodule(path.rpartition(".")[0])] = taker(number)
+        for layer in numbers:
+            path = walked.layers[layer].projections["q_proj"]
+            observers[model.get_submodule(path.rpartition(".")[0])] = taker(layer)
         with observed(config_of(model), observers, wanted_by="objectives.attention_distill"):
             yield
 
 
-def layer_index(number: int, num_layers: int) -> int:
+def layer_index(number: int, num_layers: int, *, key: str = "distill_layer") -> int:
     """From 0; negative numbers count from the end."""
     if not -num_layers <= number < num_layers:
         raise UserError(
-            "distill_layer: there is no such layer",
+            f"{key}: there is no such layer",
             f"{number}, the model has {num_layers}",
             f"give {-num_layers} to {num_layers - 1}",
         )
