@@ -1,9 +1,5 @@
 """A configuration is right or one line: key, place, what was found, what is accepted."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import yaml
 
@@ -122,29 +118,6 @@ def test_each_preset_has_the_directory_of_its_stage() -> None:
     found = {name: load_config([f"training={name}"]) for name in group_options("training")}
 
     assert {name: config.training.stage.value for name, config in found.items()} == STAGES
-
-
-@pytest.mark.parametrize(
-    ("preset", "missing"),
-    [
-        ("stage1_9_layerwise", "layerwise"),
-        ("stage3_distill", "bitdistill"),
-        ("bitdistill_full", "attention_distill"),
-        ("lrc_calibration", "lrc_reconstruction"),
-    ],
-)
-def test_a_preset_whose_objective_is_not_there_is_valid_and_cannot_run(
-    preset: str, missing: str, wrinklefree: Callable[..., Any], tmp_path: Path
-) -> None:
-    overrides = ["model=tiny_llama", f"training={preset}", f"output_dir={tmp_path / 'out'}"]
-
-    assert wrinklefree("config", "validate", *overrides).exit_code == 0
-    ended = wrinklefree("train", *overrides)
-
-    assert ended.exit_code == 2
-    assert ended.err.count("\n") == 1
-    assert f"objectives.{missing}: objective {missing} is not available yet" in ended.err
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("gpu", group_options("gpu"))

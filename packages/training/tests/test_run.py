@@ -66,6 +66,39 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return result.directory
 
 
+DISTILLING = {
+    "stage1_9_layerwise": {"layerwise", "logits_distill"},
+    "stage3_distill": {"bitdistill"},
+    "bitdistill_full": {"logits_distill", "attention_distill"},
+    "lrc_calibration": {"lrc_reconstruction"},
+}
+
+
+@pytest.mark.parametrize("preset", DISTILLING)
+def test_a_preset_that_distils_takes_a_step(preset: str, tmp_path: Path) -> None:
+    short = ["training.batch_size=2", "training.gradient_accumulation_steps=1", "training.max_steps=2"]
+    rest = [word for word in SMALL[2:] if "max_steps" not in word]
+    overrides = ["model=tiny_llama", "data=demo", f"training={preset}", f"output_dir={tmp_path}"]
+
+    result = run(load_config([*overrides, *rest, *short]))
+
+    row, _ = read_metrics(result.directory / "metrics.jsonl")
+    assert set(row["losses"]) - {"continue_pretrain"} == DISTILLING[preset]
+    assert all(0 < value < math.inf for value in row["losses"].values())
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    teacher = ["training.teacher.pretrained_name=tiny_mistral", "training=lrc_calibration"]
+
+    with pytest.raises(
+        UserError, match=r"^objectives\.lrc_reconstruction\.teacher_layers: .*2 and 3"
+    ) as refused:
+        run(load_config(["model=tiny_llama", "data=demo", *SMALL[2:], *teacher, f"output_dir={tmp_path}"]))
+
+    assert refused.value.exit_code == 2
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
 def test_a_run_leaves_what_the_design_says(whole: Path) -> None:
     names = {path.name for path in (whole / "checkpoints").iterdir()}
 
