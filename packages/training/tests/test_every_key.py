@@ -184,6 +184,7 @@ WALKED: dict[str, tuple[str, ...]] = {
     "training.gradient_clipping.zclip.min_limit": ("100", *SPIKES),
     "training.gradient_clipping.zclip.skip_update_on_spike": ("true", *SPIKES),
     "training.objectives": ("{continue_pretrain: {weight: 0.5}}",),
+    "hub.repo": ("nobody/nothing", "training=stage2_pretrain"),
     "training.lrc.enabled": ("true",),
     "training.lrc.rank": ("2", CORRECTED),
     "training.lrc.rank_percentage": ("0.5", CORRECTED),

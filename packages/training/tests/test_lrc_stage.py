@@ -29,10 +29,7 @@ SMALL = [
 
 
 def correct(output_dir: Path, *overrides: str) -> RunResult:
-    objectives = "training.objectives={lrc_reconstruction: {weight: 0}, continue_pretrain: {}}"
-    return run(
-        load_config(["training=lrc_calibration", objectives, *SMALL, f"output_dir={output_dir}", *overrides])
-    )
+    return run(load_config(["training=lrc_calibration", *SMALL, f"output_dir={output_dir}", *overrides]))
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:

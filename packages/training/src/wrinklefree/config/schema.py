@@ -517,7 +517,7 @@ class HubConfig:
 
     def __post_init__(self) -> None:
         repo = self.repo
-        named = repo is None or repo.count("/") == 1 and all(repo.split("/"))
+        named = repo is None or (repo.count("/") == 1 and all(repo.split("/")))
         require(named, "hub.repo", repo, "ORGANISATION/NAME")
 
 
