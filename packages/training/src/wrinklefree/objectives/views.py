@@ -72,9 +72,7 @@ class ViewPlan:
 
     def draw(self, batch: Batch) -> MaskedViews:
         """The views of a batch."""
-        place_BT = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device).expand_as(
-            batch.input_ids
-        )
+        place_BT = places(batch.position_ids)
         sample_BT = batch.sample_id[:, None].expand_as(place_BT)
         if self.mask_prob is None:
             block_BT = block_ids(batch.position_ids, self.block_size)
@@ -94,8 +92,12 @@ class ViewPlan:
 
 def block_ids(position_ids: Tensor, block_size: int) -> Tensor:
     """[B, T]: where in the sample a token's block begins; ascends, and no document shares one."""
-    place_T = torch.arange(position_ids.shape[1], device=position_ids.device)
-    return place_T - position_ids % block_size
+    return places(position_ids) - position_ids % block_size
+
+
+def places(tokens: Tensor) -> Tensor:
+    """[B, T]: 0, 1, 2 … in each row. Made from a tensor, so that it is real where that is (`LiveTensors`)."""
+    return torch.ones_like(tokens).cumsum(1) - 1
 
 
 def uniform(seed: int, stream: int, sample: Tensor, place: Tensor) -> Tensor:

@@ -15,9 +15,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from bitnet_arch import ConversionConfig, convert_to_bitnet, set_quant_amount, set_subln_amount
+from bitnet_arch import (
+    BlockDiffusion,
+    ConversionConfig,
+    convert_to_bitnet,
+    set_block_diffusion,
+    set_quant_amount,
+    set_subln_amount,
+)
 from data_handler import Batch
 from wrinklefree.config import RunConfig
+from wrinklefree.objectives.diffusion import ON_MASKED_TOKENS
 from wrinklefree.objectives.manager import ObjectiveManager
 from wrinklefree.optimizers.build import build_optimizer
 from wrinklefree.teachers.local import LocalTeacher
@@ -84,8 +92,8 @@ def forward_and_backward(
     inputs: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """One micro-batch as training does it; `inputs` makes what the model reads of the batch's ids."""
-    ids, places = inputs(batch.input_ids), inputs(batch.position_ids)
-    batch = replace(batch, input_ids=ids, position_ids=places)
+    # Places, labels and documents stay real: what is masked and what has a loss is looked at on the way.
+    batch = replace(batch, input_ids=inputs(batch.input_ids))
     counts = manager.counts(batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
         output = manager.step(model, LocalTeacher(teacher) if teacher else None, batch, counts)
@@ -116,6 +124,12 @@ def _fake_student(
     conversion = ConversionConfig(exclude=tuple(wanted.exclude_layers), subln=wanted.subln)
     convert_to_bitnet(model, conversion)
     training = config.training
+    if any(name in training.objectives for name in ON_MASKED_TOKENS):
+        # Which token is [MASK] makes no difference but for one row.
+        last = int(described.vocab_size) - 1
+        set_block_diffusion(
+            model, BlockDiffusion(mask_token_id=last, block_size=training.diffusion.block_size)
+        )
     for ramp, set_amount in (
         (training.lambda_warmup, set_quant_amount),
         (training.subln_warmup, set_subln_amount),
