@@ -8,7 +8,10 @@ its default in `schema.py`. An error names the key, where it was written, what w
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +77,17 @@ def to_yaml(config: RunConfig) -> str:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The whole configuration as json takes it, to write down and to compare: secrets are masked."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): masked(value, str(key)) for key, value in plain.items()}
+    return {item.name: masked(_plain(getattr(config, item.name)), item.name) for item in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def group_options(group: str) -> list[str]:
@@ -98,9 +109,13 @@ def schema_keys(
             yield f"{prefix}{item.name}", hint, item
 
 
+@cache
+def _store_schema() -> None:
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
 def _composed(overrides: list[str]) -> DictConfig:
-    store = ConfigStore.instance()
-    store.store(name="schema", node=RunConfig)
+    _store_schema()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base=None, config_dir=str(CONFIG_DIR)):
