@@ -62,7 +62,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(command: list[str], directory: Path) -> None:
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first command that needs the demo data puts it, and the others find it."""
+    return tmp_path_factory.mktemp("prepared")
+
+
+def run(command: list[str], directory: Path, prepared: Path) -> str:
+    """What it printed."""
     tools = directory / "tools"
     tools.mkdir()
     for name, script in (("uv", UV), ("pip", "#!/bin/sh\n")):
@@ -73,12 +80,13 @@ def run(command: list[str], directory: Path) -> None:
     ended = subprocess.run(
         command,
         cwd=directory / "empty",
-        env=os.environ | OFFLINE | {"PATH": path, "WRINKLEFREE_DATA": str(directory / "data")},
+        env=os.environ | OFFLINE | {"PATH": path, "WRINKLEFREE_DATA": str(prepared)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
 
 
 def test_every_block_is_run_or_says_why_not() -> None:
@@ -101,13 +109,30 @@ def test_ci_runs_the_second_line_of_the_readme_as_it_is_written() -> None:
     assert re.search(rf"(^|\) ){re.escape(lines[1])}($| ;;)", (ROOT / ".ci/run").read_text(), re.MULTILINE)
 
 
+DEMO, *OTHERS = sorted(runnable("bash"), key=lambda block: "wrinklefree demo" not in block.text)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("block", runnable("bash"), ids=str)
-def test_commands_run(block: Block, tmp_path: Path) -> None:
-    run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
+def test_the_demo_learns_saves_reloads_and_says_what_it_took(tmp_path: Path, prepared: Path) -> None:
+    printed = run(["bash", "-euo", "pipefail", "-c", DEMO.text], tmp_path, prepared)
+
+    exact = re.search(r"(\d+) of 100 sorted exactly", printed)
+    assert exact is not None
+    assert int(exact[1]) >= 90
+    assert printed.count("of AutoBitLinear") == 2
+    assert re.search(r"\d+ CPU-seconds", printed)
+    packed = re.search(r"two bits \(to run\) .* (\d+)% of dense", printed)
+    assert packed is not None
+    assert int(packed[1]) < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", OTHERS, ids=str)
+def test_commands_run(block: Block, tmp_path: Path, prepared: Path) -> None:
+    run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path, prepared)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", runnable("python"), ids=str)
-def test_python_runs(block: Block, tmp_path: Path, tiny_model: Path) -> None:
-    run([sys.executable, "-c", block.text.replace(HUB_NAME, str(tiny_model))], tmp_path)
+def test_python_runs(block: Block, tmp_path: Path, prepared: Path, tiny_model: Path) -> None:
+    run([sys.executable, "-c", block.text.replace(HUB_NAME, str(tiny_model))], tmp_path, prepared)
