@@ -1,6 +1,7 @@
 """`train --dry-run` says what a run takes: counted here in real steps, by a counter of its own."""
 
 import copy
+import functools
 import re
 import subprocess
 import sys
@@ -45,15 +46,22 @@ class Count(TorchDispatchMode):
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.storages: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self.peak = 0
+        self.storages: dict[int, weakref.ref[Any]] = {}
+        self.num_bytes = self.peak = 0
         self.add(tensors)
 
     def add(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            self.storages[storage.data_ptr()] = storage
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages.values()))
+            known = self.storages.get(storage.data_ptr())
+            if known is None or known() is None:
+                self.num_bytes += storage.nbytes()
+                gone = functools.partial(self.forget, storage.nbytes())
+                self.storages[storage.data_ptr()] = weakref.ref(storage, gone)
+        self.peak = max(self.peak, self.num_bytes)
+
+    def forget(self, num_bytes: int, _: object) -> None:
+        self.num_bytes -= num_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
