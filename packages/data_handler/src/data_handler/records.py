@@ -38,9 +38,9 @@ def read_piece(piece: Piece, source: SourceConfig, max_line_bytes: int) -> Itera
     try:
         match piece.format:
             case SourceFormat.DEMO:
-                for number in range(piece.start, piece.stop):
-                    text = next(demo.documents(piece.address, start=number, stop=number + 1))
-                    yield Record(number - piece.start + 1, {source.text_fields[0]: text})
+                texts = demo.documents(piece.address, start=piece.start, stop=piece.stop)
+                for number, text in enumerate(texts, start=1):
+                    yield Record(number, {source.text_fields[0]: text})
             case SourceFormat.HF:
                 yield from _read_hub(piece, source)
             case SourceFormat.PARQUET:

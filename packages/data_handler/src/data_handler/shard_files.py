@@ -112,7 +112,7 @@ def write_part(
 
 def _ends_with(document: NDArray[Any], token: int | None) -> bool:
     """Whether the token is the last one, and no other."""
-    return len(document) > 0 and np.flatnonzero(document == token).tolist() == [len(document) - 1]
+    return len(document) > 0 and bool(document[-1] == token and np.count_nonzero(document == token) == 1)
 
 
 def finish(directory: Path, header: ShardHeader) -> None:
