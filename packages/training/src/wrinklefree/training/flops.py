@@ -11,6 +11,7 @@ the run begins.
 """
 
 import time
+from functools import cache
 
 import torch
 from torch import nn
@@ -30,8 +31,9 @@ def flops_per_token(model: nn.Module, block_size: int) -> int | None:
     return int(6 * weights + 12 * layers * heads * head_dim * block_size)
 
 
+@cache
 def multiplications_per_second(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOPs per second of a large product, the best of three; None where nobody knows how to measure."""
+    """FLOPs per second of a large product, the best of three, measured once; None where nobody knows how."""
     if device.type not in ("cpu", "cuda"):
         return None
     size = CPU_SIZE if device.type == "cpu" else GPU_SIZE
