@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from bitnet_arch import convert_to_bitnet, set_quant_amount
+from bitnet_arch import BlockDiffusion, convert_to_bitnet, set_block_diffusion, set_quant_amount
 from bitnet_arch.testing import tiny_llama
 from wrinklefree.config import RunConfig, load_config
 from wrinklefree.objectives import create_objective_manager
@@ -38,7 +38,11 @@ SMOLLM2 = LlamaConfig(
 
 
 def config(*overrides: str) -> RunConfig:
-    return load_config(["model=tiny_llama", "training.max_steps=10", *overrides])
+    """Next tokens and a teacher."""
+    objectives = ["training.objectives.logits_distill={weight: 0.5}"]
+    return load_config(
+        ["model=tiny_llama", "training=base", *objectives, "training.max_steps=10", *overrides]
+    )
 
 
 class Count(TorchDispatchMode):
@@ -75,7 +79,9 @@ def measured_peak(run: RunConfig, dense: PreTrainedModel, *, quant_amount: float
     convert_to_bitnet(dense)
     set_quant_amount(dense, quant_amount)
     dense.train()
-    manager = create_objective_manager(run.training.objectives)
+    manager = create_objective_manager(run.training.objectives, diffusion=run.training.diffusion)
+    if manager.needs().masked_views:
+        set_block_diffusion(dense, BlockDiffusion(mask_token_id=2, block_size=32))
     optimizer = build_optimizer(dense, run.training.optimizer)
     batch = made_up_batch(run.training.batch_size, run.training.max_seq_length)
     models = (dense, teacher)
@@ -91,16 +97,26 @@ def measured_peak(run: RunConfig, dense: PreTrainedModel, *, quant_amount: float
     return counter.peak
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(("warm_up", "amount"), [("true", 0.5), ("false", 1.0)])
+@pytest.mark.parametrize(
+    ("warm_up", "amount", "accumulation", "masked"),
+    [
+        ("true", 0.5, 1, 0),
+        ("true", 0.5, 2, 0),
+        ("false", 1.0, 1, 0),
+        ("false", 1.0, 1, 1),
+        ("true", 0.5, 2, 1),
+    ],
+)
 def test_memory_of_the_tiny_model_is_what_a_real_step_takes(
-    warm_up: str, amount: float, accumulation: int
+    warm_up: str, amount: float, accumulation: int, masked: int
 ) -> None:
     run = config(
-        f"training.lambda_warmup.enabled={warm_up}", f"training.gradient_accumulation_steps={accumulation}"
+        f"training.lambda_warmup.enabled={warm_up}",
+        f"training.gradient_accumulation_steps={accumulation}",
+        f"training.objectives.dlm={{weight: {masked}}}",
     )
     described: Any = described_by("tiny_llama")
-    manager = create_objective_manager(run.training.objectives)
+    manager = create_objective_manager(run.training.objectives, diffusion=run.training.diffusion)
 
     estimate = estimated_memory(run, manager, described, described, torch.device("cpu"))
 
