@@ -194,6 +194,21 @@ def test_mask_which_neither_predicts_changes_nothing(
     assert not gradient[:, 2].any()
 
 
+def test_a_token_that_the_student_cannot_say_is_left_out_of_a_top_k(student: Tensor, teacher: Tensor) -> None:
+    """[MASK], from a teacher elsewhere who does not know that it is out of the question."""
+    hidden = student.detach().clone()
+    best = teacher.argmax(-1, keepdim=True)
+    hidden[:, :V] = hidden[:, :V].scatter(1, best, -torch.inf)
+    log_probs, ids = teacher.log_softmax(-1).topk(4)
+    q, p = outcomes(hidden, teacher.scatter(1, best, -torch.inf), 1.0, 3)
+
+    total, gradient = compared(hidden, TopK(ids, log_probs))
+
+    torch.testing.assert_close(total, expected(q, p, "forward"))
+    assert gradient.isfinite().all()
+    assert not gradient.gather(1, best).any()
+
+
 @pytest.mark.parametrize("divergence", Divergence)
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_nothing_is_left_to_learn_from_oneself(

@@ -162,6 +162,20 @@ def test_nothing_is_left_to_learn_from_oneself(taught: str, batch: Batch) -> Non
     assert all(gradient.abs().max() < 1e-4 for gradient in found)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("taught", [name for name in TAUGHT if name != "tcs_distill"])
+def test_masked_views_beside_the_clean_tokens_change_nothing(taught: str, causal: bool, batch: Batch) -> None:
+    plan = ViewPlan(block_size=BLOCK, seed=5, causal=causal)
+    name, options = TAUGHT[taught]
+    student, objective = student_of("tcs_distill"), create_objective(name, options)
+    alone = ObjectiveManager({name: objective}).losses(student, a_teacher(), batch)
+    both = {"dlm": create_objective("dlm", {}, plan=plan), name: objective}
+
+    losses = ObjectiveManager(both, plan=plan).losses(student, a_teacher(), batch)
+
+    torch.testing.assert_close(losses[name].total, alone[name].total, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("taught", TAUGHT)
 def test_a_teacher_is_asked_for(taught: str, batch: Batch) -> None:
     manager = manager_of(taught)
