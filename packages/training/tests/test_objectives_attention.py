@@ -25,6 +25,7 @@ from wrinklefree.objectives import (
 from wrinklefree.objectives.relations import Normalization, relation_divergence
 from wrinklefree.objectives.states import decoder_states
 from wrinklefree.teachers.local import LocalTeacher
+from wrinklefree.training.live_tensors import LiveTensors
 
 B, T, GROUPS = 2, 7, 6
 STUDENT, TEACHER = (3, 4), (2, 9)
@@ -116,6 +117,25 @@ def test_with_unit_vectors_the_length_of_a_query_does_not_matter(heads: tuple[Te
     same = Normalization.cosine
     torch.testing.assert_close(total(student * factors, same), total(student, same))
     assert total(student * factors, Normalization.paper) > 1.1 * total(student, Normalization.paper)
+
+
+def test_no_more_than_a_part_of_all_pairs_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    length, groups, part = 256, 8, 2**14
+    monkeypatch.setitem(relations.PART_ELEMENTS, "cpu", part)
+    student, teacher = torch.randn(2, 1, groups, length, 4).unbind()
+    student.requires_grad_()
+    documents, wanted = torch.zeros(1, length).long(), torch.ones(1, length).bool()
+    options: dict[str, Any] = {
+        "num_groups": groups,
+        "normalization": Normalization.cosine,
+        "temperature": 1.0,
+    }
+
+    with LiveTensors() as counter:
+        relation_divergence(student, teacher, documents, wanted, **options).backward()
+
+    # Of each part some ten tensors, forward and backward; all pairs would be 32 parts.
+    assert counter.peak < 16 * part * 4 < groups * length**2 * 4
 
 
 @pytest.fixture
