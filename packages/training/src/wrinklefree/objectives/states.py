@@ -71,7 +71,8 @@ class DecoderStates:
     def next_tokens(self, before_N: Tensor) -> "NextTokens":
         """As a teacher: logits of the token that follows each of these."""
         hidden_ND = self.rows(before_N)
-        products = open_head(self.head, hidden_ND, learns=False)
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # in the teacher's own dtype
+            products = open_head(self.head, hidden_ND, learns=False)
         return lambda tokens: products.logits(hidden_ND[tokens])
 
     def rows(self, places_N: Tensor, part: int = 0) -> Tensor:

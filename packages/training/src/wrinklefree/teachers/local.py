@@ -10,12 +10,12 @@ from wrinklefree.teachers.base import Teacher
 
 
 class LocalTeacher(Teacher):
-    """Wraps a model; it may have another size than the student."""
+    """Wraps a model; it may have another size than the student, and computes in the dtype of its weights."""
 
     knows_inside = True
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
-        """With `dtype` the weights are cast, which halves their memory and changes the logits a little."""
+        """With `dtype` the weights are cast: bf16 halves their memory and changes the logits a little."""
         model.train(False)
         model.requires_grad_(False)
         self._model: nn.Module | None = model if dtype is None else model.to(dtype)
@@ -25,9 +25,9 @@ class LocalTeacher(Teacher):
         assert self._model is not None, "the teacher was closed"
         return self._model
 
-    def states(self, batch: Batch, needs: Needs, *, excluded: int | None = None) -> DecoderStates:
+    def answer(self, batch: Batch, needs: Needs, *, excluded: int | None) -> DecoderStates:
         # Not in inference mode: autograd may not save what comes from there.
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(batch.input_ids.device.type, enabled=False):
             return decoder_states(
                 self.model,
                 batch,
