@@ -15,6 +15,7 @@ from wrinklefree.lightning.module import WrinkleFreeLightningModule
 from wrinklefree.objectives import CurriculumPhase, CurriculumScheduler
 from wrinklefree.run import RunResult, run
 from wrinklefree.runs import read_metrics
+from wrinklefree.teachers.local import LocalTeacher
 
 EARLIER = [
     CurriculumPhase("warmup", 0.1, {"continue_pretrain": 1.0}),
@@ -92,7 +93,7 @@ def test_a_run_takes_each_step_with_its_weights_and_lets_the_teacher_go(
     usual = WrinkleFreeLightningModule.training_step
 
     def training_step(self: WrinkleFreeLightningModule, *arguments: Any) -> None:
-        if self.teacher is not None and not teachers:
+        if isinstance(self.teacher, LocalTeacher) and not teachers:
             teachers.append(weakref.ref(self.teacher.model))
         gc.collect()
         alive.append(teachers[0]() is not None)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import http.server
 import io
 import json
 import logging
@@ -16,6 +17,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +46,16 @@ SMALL = (
     "training.validation.num_batches=0",
 )
 TIMED = re.compile(r"\d[\d.,:e+-]*")
-VOLATILE = {"time", "seconds", "tokens_per_second", "mfu", "memory", "from"}
+VOLATILE = {
+    "time",
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "memory",
+    "from",
+    "data_wait_seconds",
+    "teacher_seconds",
+}
 
 SUBLN = "training.auto_convert.subln=output"
 LAMBDA = "training.lambda_warmup.enabled=true"
@@ -91,6 +103,14 @@ CORRECTED = "training.lrc.enabled=true"
 MASKED = "training.objectives.dlm={weight: 1}"
 TAUGHT = "training.objectives.logits_distill={weight: 1000}"
 WANDB = "training.logging.wandb.enabled=true"
+TAUGHT = "training.objectives.logits_distill.weight=1"
+SERVED = (
+    TAUGHT,
+    "training.teacher.backend=vllm",
+    "training.teacher.base_url={server}",
+    "training.teacher.timeout_seconds=0.2",
+)
+CACHED = (TAUGHT, "training.teacher.cache={empty}")
 PROFILE = (
     "gpu.name=big",
     "gpu.micro_batches.tiny_llama.alone=32",
@@ -209,7 +229,16 @@ WALKED: dict[str, tuple[str, ...]] = {
         "training.max_steps=null",
         "training.stage1.finetune_steps=1",
     ),
-    "training.teacher.pretrained_name": ("tiny_qwen3", "training=unified"),
+    "training.teacher.backend": ("vllm", TAUGHT),
+    "training.teacher.pretrained_name": ("tiny_qwen3", TAUGHT),
+    "training.teacher.dtype": ("bf16", TAUGHT),
+    "training.teacher.base_url": ("http://127.0.0.1:9", *SERVED),
+    "training.teacher.model": ("another", *SERVED),
+    "training.teacher.api_key_env": ("NOT_SET", *SERVED),
+    "training.teacher.timeout_seconds": ("0.3", *SERVED),
+    "training.teacher.top_k": ("7", *CACHED),
+    "training.teacher.cache": ("{empty}", TAUGHT),
+    "training.teacher.cache_dtype": ("fp32", *CACHED),
     "training.resume.auto": ("false", AGAIN),
     "training.resume.checkpoint_path": ("{first}",),
     "training.resume.strict_model_load": ("false", RESUMED, SUBLN),
@@ -318,11 +347,27 @@ class Seen:
 WRITE_DOWN = "import sys; open(sys.argv[1], 'w').write(sys.stdin.readline()); sys.stdin.read()"
 
 
+class NamesItsModel(http.server.BaseHTTPRequestHandler):
+    """A server that has a model, and never says more of it."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "one"}]}')
+
+    def do_POST(self) -> None:
+        time.sleep(1)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 class Runs:
     """Runs in one directory; of equal ones there is one."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, server: str) -> None:
         self.base = base
+        self.server = server
         self.known: dict[tuple[str, ...], dict[str, Any]] = {}
         self.first = run(
             load_config(self.overrides("training.max_steps=2", output_dir=base / "first"))
@@ -350,6 +395,7 @@ class Runs:
             "{copy}": str(here / "copy"),
             "{empty}": str(here / "empty"),
             "{bucket}": str(here / "bucket"),
+            "{server}": self.server,
         }
         words = [
             functools.reduce(lambda text, place: text.replace(*place), places.items(), word) for word in more
@@ -440,7 +486,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
-        yield Runs(tmp_path_factory.mktemp("runs"))
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NamesItsModel) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield Runs(tmp_path_factory.mktemp("runs"), f"http://127.0.0.1:{server.server_address[1]}")
+            server.shutdown()
 
 
 def test_each_key_of_the_schema_is_walked() -> None:

@@ -1,5 +1,7 @@
 """Where a run starts: at an address, at the variable, at an earlier stage; and what it then takes over."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -300,10 +302,34 @@ def test_a_teacher_must_mean_the_same_by_a_token() -> None:
     check_teacher(student, own, student, own)
     check_teacher(student, own, larger, own)  # the student may have a row for [MASK]
     size = len(own.get_vocab()) if own is not None else 0
-    with pytest.raises(UserError, match=rf"found {size + 1} tokens, the student has {size}\)") as caught:
+    first = rf"token {size} is '<one more>', the student's is none"
+    with pytest.raises(UserError, match=rf"{first}; {size + 1} tokens, the student has {size}\)") as caught:
         check_teacher(student, other, student, own)
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 4
     rows = student.config.vocab_size
     with pytest.raises(UserError, match=rf"found {rows + 8}, the student has {rows}\)") as caught:
         check_teacher(larger, None, student, own)
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 4
+
+
+def test_the_first_token_that_another_tokenizer_of_the_same_size_has_elsewhere_is_named(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(TOKENIZER_DIR, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    names = {number: token for token, number in content["model"]["vocab"].items()}
+    content["model"]["vocab"] |= {names[300]: 411, names[411]: 300}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    own, other = (AutoTokenizer.from_pretrained(path) for path in (TOKENIZER_DIR, tmp_path))
+
+    with pytest.raises(UserError) as caught:
+        check_teacher(tiny_llama(), other, tiny_llama(), own)
+
+    assert len(own) == len(other)
+    assert caught.value.found == (
+        f"token 300 is {names[411]!r}, the student's is {names[300]!r}; {len(own)} tokens, "
+        f"the student has {len(own)}"
+    )
+    assert caught.value.exit_code == 4

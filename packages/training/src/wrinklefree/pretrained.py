@@ -88,15 +88,22 @@ def described_by(name: str) -> PretrainedConfig:
 
 def are_weights_here(name: str) -> bool:
     """Whether opening that decoder would fetch nothing."""
+    return name in TINY_MODELS or bool(weight_files(name))
+
+
+def weight_files(name: str) -> list[Path]:
+    """The files with its weights on this disk; none where they would have to be fetched, or are built in."""
     path = Path(name).expanduser()
-    if name in TINY_MODELS or path.is_file():
-        return True
+    if name in TINY_MODELS:
+        return []
+    if path.is_file():
+        return [path]
     if not path.is_dir():
         try:
             path = Path(snapshot_download(name, local_files_only=True))
         except Exception:  # the hub's client has many ways to say that it is not there
-            return False
-    return any(path.glob("*.safetensors"))
+            return []
+    return sorted(path.glob("*.safetensors"))
 
 
 def _hub_config(name: str) -> Path:

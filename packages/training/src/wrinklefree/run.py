@@ -13,6 +13,7 @@ from wrinklefree.lightning.datamodule import WrinkleFreeDataModule
 from wrinklefree.lightning.module import WrinkleFreeLightningModule
 from wrinklefree.lightning.trainer import lightning_trainer
 from wrinklefree.objectives import create_curriculum_scheduler, create_objective_manager
+from wrinklefree.teachers.local import LocalTeacher
 from wrinklefree.training.batch_size import with_fitting_batch
 from wrinklefree.training.data import CalibrationBatches, open_loader, prepare_data
 from wrinklefree.training.ending import why_over
@@ -77,14 +78,17 @@ def run(config: RunConfig) -> RunResult:
             takes_what_fits=start is not None and start.takes_what_fits(config),
             needs=manager.needs(manager.objectives),
             calibration=CalibrationBatches(config, data),
+            sources=data.fingerprints(),
         )
-        manager.check_models(models.student, models.teacher)
+        if isinstance(models.teacher, LocalTeacher):
+            manager.check_models(models.student, models.teacher.model)
         config = with_fitting_batch(config, directory.path, models, manager, ranks)
         training = config.training
         loader = closing.enter_context(
             open_loader(config, data, rank=ranks.rank, world_size=ranks.world_size)
         )
         module = WrinkleFreeLightningModule.of(config, models, manager, stop_flag)
+        closing.callback(module.release_teacher)
         models = replace(models, teacher=None)  # the module alone holds it, and may let it go
 
         writer = None

@@ -8,10 +8,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from wrinklefree.config import RunConfig
+from wrinklefree.config.schema import TeacherBackend
 from wrinklefree.objectives import create_objective_manager
 from wrinklefree.objectives.manager import ObjectiveManager
 from wrinklefree.optimizers.build import build_optimizer
 from wrinklefree.pretrained import are_weights_here, described_by
+from wrinklefree.teachers.opening import teacher_name
 from wrinklefree.terminal import clock, megabytes, table
 from wrinklefree.training.batch_size import available_memory
 from wrinklefree.training.memory import memory_in_use
@@ -34,9 +36,9 @@ def dry_run(config: RunConfig) -> None:
     logging.getLogger("wrinklefree").setLevel(logging.WARNING)
     training = config.training
     manager = create_objective_manager(training.objectives, diffusion=training.diffusion, seed=config.seed)
-    teacher_name = training.teacher.pretrained_name or config.model.pretrained_name
     student = described_by(config.model.pretrained_name)
-    teacher = described_by(teacher_name) if manager.needs().teacher else None
+    runs_here = manager.needs().teacher and training.teacher.backend is TeacherBackend.local
+    teacher = described_by(teacher_name(config)) if runs_here else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory = estimated_memory(config, manager, student, teacher, device)
     free = _free_bytes(device)
@@ -50,7 +52,7 @@ def dry_run(config: RunConfig) -> None:
         *_memory_rows(memory, free, device),
     ]
     print(table(rows))
-    names = [config.model.pretrained_name, *([teacher_name] if teacher is not None else [])]
+    names = [config.model.pretrained_name, *([teacher_name(config)] if teacher is not None else [])]
     absent = [name for name in names if not are_weights_here(name)]
     if absent:
         print(
@@ -87,9 +89,11 @@ def _measure(config: RunConfig, manager: ObjectiveManager, tokens: int, device: 
         calibration=[batch.input_ids],
     )
     model: nn.Module = models.student
-    teacher: nn.Module | None = models.teacher
-    for each in (model, *([] if teacher is None else [teacher])):
-        each.to(device)
+    model.to(device)
+    teacher = models.teacher
+    if teacher is not None:
+        teacher.to(device)
+        teacher = teacher.rehearsing()
     optimizer = build_optimizer(model, training.optimizer)
     batch = batch.to(device)
     passes, updates = [], []

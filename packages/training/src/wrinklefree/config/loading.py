@@ -26,9 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 from durable import UserError
 from wrinklefree.config.describe import accepted
 from wrinklefree.config.gpu import fit_to_gpu
-from wrinklefree.config.schema import RunConfig
+from wrinklefree.config.schema import RunConfig, TeacherConfig
 from wrinklefree.masking import masked
-from wrinklefree.objectives.factory import checked_objectives, create_curriculum_scheduler
+from wrinklefree.objectives.factory import (
+    checked_objectives,
+    create_curriculum_scheduler,
+    create_objective,
+)
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
 OPEN_KEYS = ("training.objectives.", "gpu.micro_batches.")
@@ -56,8 +60,25 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
         raise _with_place(error, overrides) from None
     assert isinstance(config, RunConfig)
     curriculum = create_curriculum_scheduler(config.training.curriculum, config.max_steps)
-    checked_objectives(config.training.objectives, curriculum)
+    wanted = checked_objectives(config.training.objectives, curriculum)
+    _require_teacher_can(config.training.teacher, wanted)
     return config
+
+
+def _require_teacher_can(teacher: TeacherConfig, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    """UserError for an objective that looks into a teacher which tells its most probable tokens alone."""
+    if teacher.knows_inside:
+        return
+    for name, options in wanted.items():
+        if create_objective(name, options).needs().needs_inside:
+            how = (
+                f"cache={teacher.cache}" if teacher.cache is not None else f"backend={teacher.backend.value}"
+            )
+            raise UserError(
+                f"objectives.{name}: needs hidden states or attention of the teacher",
+                f"training.teacher.{how}, which has the most probable tokens alone",
+                f"let the teacher run here without a cache, or set training.objectives.{name}.weight=0",
+            )
 
 
 def _in_our_words(override: str) -> str:

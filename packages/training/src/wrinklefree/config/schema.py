@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+from urllib.parse import urlsplit
 
 from bitnet_arch import LRCInit, Schedule, SubLNInit, SubLNPlacement
 from durable import UserError
@@ -163,6 +164,28 @@ class ActivationSparsityConfig:
         return None if self.mode is SparsityMode.topk else self.block.m
 
 
+class TeacherBackend(StrEnum):
+    """Where the teacher runs."""
+
+    local = "local"
+    vllm = "vllm"
+
+
+class TeacherDtype(StrEnum):
+    """What a teacher that runs here computes in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class CacheDtype(StrEnum):
+    """What log probabilities are stored in."""
+
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
 @dataclass(kw_only=True)
 class LRCConfig:
     """A low-rank correction U(Vᵀx) beside every ternary projection; nothing else is trained (2412.07902)."""
@@ -186,8 +209,63 @@ class LRCConfig:
 class TeacherConfig:
     """Who is imitated when an objective needs a teacher."""
 
+    backend: TeacherBackend = TeacherBackend.local
+    """Here, or behind vLLM's HTTP interface, which tells the most probable tokens alone."""
     pretrained_name: str | None = None
     """As `model.pretrained_name`; none takes the student as it was before conversion."""
+    dtype: TeacherDtype = TeacherDtype.auto
+    """Of a teacher that runs here; auto is `training.precision`."""
+    base_url: str | None = None
+    """Of a vLLM server, such as http://localhost:8000."""
+    model: str | None = None
+    """Its name there; none takes the one that is served."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key of the server."""
+    timeout_seconds: float = 45.0
+    """How long an answer may take, three tries together."""
+    top_k: int = 64
+    """Most probable tokens that a server is asked for (its --max-logprobs), and that a cache keeps."""
+    cache: str | None = None
+    """A directory: what the teacher said is kept there, and read by later runs; none asks anew."""
+    cache_dtype: CacheDtype = CacheDtype.fp16
+    """Of the log probabilities in the cache."""
+
+    def __post_init__(self) -> None:
+        key = "training.teacher"
+        require(1 <= self.top_k < 2**20, f"{key}.top_k", self.top_k, "1 or more")
+        seconds = self.timeout_seconds
+        require(0 < seconds <= 3600, f"{key}.timeout_seconds", seconds, "above 0, at most 3600")
+        if self.backend is TeacherBackend.vllm:
+            self._check_server(key)
+        elif self.base_url is not None or self.model is not None or self.api_key_env is not None:
+            raise UserError(
+                f"{key}: names a server, and the teacher runs here",
+                f"{key}.backend=local",
+                f"set {key}.backend=vllm, or leave out base_url, model and api_key_env",
+            )
+
+    @property
+    def knows_inside(self) -> bool:
+        """Can it be asked for hidden states and attention? Of others the most probable tokens are known."""
+        return self.backend is TeacherBackend.local and self.cache is None
+
+    def _check_server(self, key: str) -> None:
+        if self.pretrained_name is not None:
+            raise UserError(
+                f"{key}.pretrained_name: is for a teacher that runs here",
+                f"{key}.backend=vllm",
+                f"name the server's model in {key}.model",
+            )
+        if self.base_url is None:
+            raise UserError(f"{key}.base_url: is needed to reach vLLM", fix="give http://HOST:PORT")
+        address = urlsplit(self.base_url)
+        if address.username is not None or address.password is not None or address.query:
+            raise UserError(
+                f"{key}.base_url: holds more than an address",
+                fix=f"leave out user, password and query, and name a key's variable in {key}.api_key_env",
+            )
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise UserError(f"{key}.base_url: is no address", self.base_url, "give http://HOST:PORT")
 
 
 @dataclass(kw_only=True)

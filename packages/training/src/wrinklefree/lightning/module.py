@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bitnet_arch import block_diffusion_of
 from data_handler import Batch
 from wrinklefree.config import RunConfig
+from wrinklefree.lightning.datamodule import WrinkleFreeDataModule
 from wrinklefree.objectives.manager import ObjectiveManager
 from wrinklefree.optimizers.build import build_optimizer
 from wrinklefree.optimizers.config import (
@@ -31,6 +32,7 @@ from wrinklefree.optimizers.config import (
 from wrinklefree.optimizers.qk_clip import QKClip
 from wrinklefree.optimizers.schedule import apply_schedule, learning_rate_factor, weight_decay_at
 from wrinklefree.optimizers.zclip import Clipped, ZClip
+from wrinklefree.teachers.base import Teacher
 from wrinklefree.teachers.local import LocalTeacher
 from wrinklefree.training.randomness import seed_micro_batch
 from wrinklefree.training.signals import StopFlag
@@ -66,6 +68,10 @@ class StepReport:
     """Global ids, of all ranks."""
     num_tokens: int
     """Tokens that were read, of all ranks."""
+    data_wait_seconds: float
+    """For its micro-batches, on this rank."""
+    teacher_seconds: float
+    """Asking the teacher, on this rank."""
     is_finite: bool
     """False: no update was made."""
     stop: bool
@@ -106,7 +112,7 @@ class WrinkleFreeLightningModule(pl.LightningModule):
         self,
         model: nn.Module,
         objective_manager: ObjectiveManager,
-        teacher_model: nn.Module | None = None,
+        teacher_model: Teacher | nn.Module | None = None,
         optimizer_cfg: OptimizerConfig | None = None,
         scheduler_cfg: SchedulerConfig | None = None,
         gradient_clipping: GradientClippingConfig | None = None,
@@ -121,7 +127,7 @@ class WrinkleFreeLightningModule(pl.LightningModule):
         self.objective_manager = objective_manager
         objective_manager.diffusion = block_diffusion_of(model)
         # No module of ours: its weights are not trained, counted or synchronised.
-        self.teacher = None if teacher_model is None else LocalTeacher(teacher_model)
+        self.teacher = LocalTeacher(teacher_model) if isinstance(teacher_model, nn.Module) else teacher_model
         self.optimizer_cfg = optimizer_cfg or OptimizerConfig()
         self.scheduler_cfg = scheduler_cfg or SchedulerConfig()
         self.clipper = ZClip(gradient_clipping or GradientClippingConfig())
@@ -165,6 +171,12 @@ class WrinkleFreeLightningModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
+
+    def release_teacher(self) -> None:
+        """Nobody asks it any more."""
+        if self.teacher is not None:
+            self.teacher.close()
+            self.teacher = None
 
     def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
         manager = self.objective_manager
@@ -215,6 +227,8 @@ class WrinkleFreeLightningModule(pl.LightningModule):
             self.progress.num_skipped += 1
             not_finite = self._not_finite(micro_batches)
         optimizer.zero_grad(set_to_none=True)
+        if self.teacher is not None:
+            numbers |= self.teacher.take_numbers()
         samples, num_tokens = self._samples(micro_batches)
         self.progress.step += 1
         self.progress.num_tokens += num_tokens
@@ -226,11 +240,17 @@ class WrinkleFreeLightningModule(pl.LightningModule):
             lr=self.optimizer.param_groups[0]["lr"],
             samples=samples,
             num_tokens=num_tokens,
+            data_wait_seconds=self._data_wait_seconds(),
+            teacher_seconds=0.0 if self.teacher is None else self.teacher.take_seconds(),
             is_finite=is_finite,
             stop=stops > 0,
             numbers=numbers,
             not_finite=not_finite,
         )
+
+    def _data_wait_seconds(self) -> float:
+        data_module = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data_module.take_seconds() if isinstance(data_module, WrinkleFreeDataModule) else 0.0
 
     def _clipping_numbers(self, clipped: Clipped) -> dict[str, float]:
         if not self.clipper.config.zclip.enabled:

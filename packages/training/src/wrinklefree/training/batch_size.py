@@ -27,7 +27,7 @@ from data_handler import Batch
 from durable import ExitCode, UserError, publish_file
 from wrinklefree.config import RunConfig
 from wrinklefree.objectives.manager import ObjectiveManager
-from wrinklefree.teachers.local import LocalTeacher
+from wrinklefree.teachers.base import Teacher
 from wrinklefree.training.ranks import Ranks
 from wrinklefree.training.student import Models
 
@@ -109,6 +109,8 @@ class Trial:
 
     def run(self, size: int) -> None:
         student, teacher = self.models.student, self.models.teacher
+        if teacher is not None:
+            teacher = teacher.rehearsing()
         batch = _made_up(size, self.config.training.max_seq_length, self.device)
         autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16"
@@ -116,7 +118,7 @@ class Trial:
         with _unchanged(student), _all_weighed(self.manager):
             with autocast:
                 counts = self.manager.counts(batch)
-                output = self.manager.step(student, LocalTeacher(teacher) if teacher else None, batch, counts)
+                output = self.manager.step(student, teacher, batch, counts)
             output.loss.backward()
 
     def bytes_of_a_sample(self) -> int:
@@ -141,7 +143,9 @@ class Trial:
 
 
 def _search(config: RunConfig, models: Models, manager: ObjectiveManager, samples: int) -> int:
-    together: list[nn.Module] = [models.student, *([models.teacher] if models.teacher is not None else [])]
+    together: list[nn.Module | Teacher] = [models.student]
+    if models.teacher is not None:
+        together.append(models.teacher)
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         for model in together:

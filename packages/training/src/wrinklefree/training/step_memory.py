@@ -28,7 +28,10 @@ from wrinklefree.config import RunConfig
 from wrinklefree.objectives.diffusion import ON_MASKED_TOKENS
 from wrinklefree.objectives.manager import ObjectiveManager
 from wrinklefree.optimizers.build import build_optimizer
+from wrinklefree.teachers.base import Teacher
 from wrinklefree.teachers.local import LocalTeacher
+from wrinklefree.teachers.opening import teacher_dtype
+from wrinklefree.teachers.sparse import UndecidedTeacher
 from wrinklefree.training.live_tensors import LiveTensors
 
 HALF_WAY = 0.5
@@ -57,15 +60,18 @@ def estimated_memory(
     teacher: PretrainedConfig | None,
     device: torch.device,
 ) -> StepMemory:
-    """`student` and `teacher` describe the models before conversion."""
+    """`student` and `teacher` describe the models before conversion; one that runs elsewhere is none."""
     counter = LiveTensors(fake=True)
     model, weights = _fake_student(config, student, counter, device)
-    taught, teacher_bytes = None, 0
+    taught: Teacher | None = None
+    teacher_bytes = 0
     if teacher is not None:
-        dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
-        taught = _skeleton(teacher, dtype).eval().requires_grad_(False)
-        counter.made_fake(taught, device)
-        teacher_bytes = counter.watch([*taught.parameters(), *taught.buffers()])
+        skeleton = _skeleton(teacher, teacher_dtype(config)).eval().requires_grad_(False)
+        counter.made_fake(skeleton, device)
+        teacher_bytes = counter.watch([*skeleton.parameters(), *skeleton.buffers()])
+        taught = LocalTeacher(skeleton)
+    elif manager.needs().teacher:
+        taught = UndecidedTeacher(student.vocab_size, config.training.teacher.top_k)
     batch = made_up_batch(config.training.batch_size, config.training.max_seq_length)
     before = counter.now
     with counter:
@@ -86,7 +92,7 @@ def forward_and_backward(
     config: RunConfig,
     manager: ObjectiveManager,
     model: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     batch: Batch,
     device: torch.device,
     inputs: Callable[[torch.Tensor], torch.Tensor],
@@ -96,7 +102,7 @@ def forward_and_backward(
     batch = replace(batch, input_ids=inputs(batch.input_ids))
     counts = manager.counts(batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
-        output = manager.step(model, LocalTeacher(teacher) if teacher else None, batch, counts)
+        output = manager.step(model, teacher, batch, counts)
     output.loss.backward()
 
 

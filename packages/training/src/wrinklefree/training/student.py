@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from wrinklefree.config.schema import LRCConfig, ModelConfig, RunConfig
 from wrinklefree.objectives.base import Needs
 from wrinklefree.objectives.diffusion import DiffusionConfig
 from wrinklefree.pretrained import Pretrained, load_pretrained
+from wrinklefree.teachers.base import Teacher
+from wrinklefree.teachers.opening import open_teacher, teacher_name
 from wrinklefree.training.compiling import compile_blocks
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class Models:
     """Who learns, and from whom."""
 
     student: PreTrainedModel
-    teacher: PreTrainedModel | None
+    teacher: Teacher | None
     tokenizer: PreTrainedTokenizerBase | None
 
 
@@ -56,24 +58,22 @@ def build_models(
     takes_what_fits: bool = False,
     needs: Needs,
     calibration: Iterable[Tensor],
+    sources: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Models:
     """From the pretrained model, or the student from a checkpoint of an earlier run.
 
     The pretrained model is opened only when someone needs it: a student to convert, or a teacher. With
     `takes_what_fits` it is converted, and gets the weights of the checkpoint that it has a place for.
+    `sources` says what the data was made from, for a teacher whose answers are kept.
     """
     from_pretrained = checkpoint is None or takes_what_fits
-    teacher_name = config.training.teacher.pretrained_name
-    teacher_is_student = needs.teacher and teacher_name is None
+    wanted = config.training.teacher
+    # With a cache the teacher is opened when something is not there.
+    teacher_is_student = needs.teacher and wanted.knows_inside and wanted.pretrained_name is None
     pretrained: Pretrained | None = None
     if from_pretrained or teacher_is_student:
         pretrained = load_pretrained(config.model.pretrained_name)
-    teacher, other = None, None
-    if teacher_is_student:
-        teacher = _copy_of(pretrained)
-    elif needs.teacher and teacher_name is not None:
-        other = load_pretrained(teacher_name)
-        teacher = other.model
+    original = _copy_of(pretrained) if teacher_is_student else None
     if from_pretrained:
         assert pretrained is not None
         student = pretrained.model
@@ -90,13 +90,20 @@ def build_models(
         _convert(student, config, calibration)
         if checkpoint is not None:
             load_what_fits(student, checkpoint)
-    if other is not None:
-        check_teacher(other.model, other.tokenizer, student, tokenizer)
-    if teacher is not None:
-        teacher = teacher.float() if config.training.precision == "fp32" else teacher.bfloat16()
-        teacher.eval().requires_grad_(False)
     if config.training.lrc.enabled:
         _correct(student, config.training.lrc, calibration)
+    teacher = None
+    if needs.teacher:
+
+        def load() -> PreTrainedModel:
+            if original is not None:
+                return original
+            other = load_pretrained(teacher_name(config))
+            if wanted.pretrained_name is not None:
+                check_teacher(other.model, other.tokenizer, student, tokenizer)
+            return other.model
+
+        teacher = open_teacher(config, student=student, tokenizer=tokenizer, load=load, sources=sources)
     check_length(student, config)
     if config.training.torch_compile.enabled:
         compile_blocks(student)
@@ -198,18 +205,30 @@ def check_teacher(
     fix = "choose a teacher with the student's tokenizer"
     if tokenizer is not None and teacher_tokenizer is not None:
         ids, teacher_ids = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-        mask = tokenizer.mask_token
-        if any(ids.get(token) != number for token, number in teacher_ids.items() if token != mask) or any(
-            token not in teacher_ids and token != mask for token in ids
-        ):
-            found = f"{len(teacher_ids)} tokens, the student has {len(ids)}"
-            raise UserError(f"{key}: has another tokenizer than the student", found, fix)
+        first = _first_difference(ids, teacher_ids, mask=tokenizer.mask_token)
+        if first is not None:
+            found = f"{first}; {len(teacher_ids)} tokens, the student has {len(ids)}"
+            raise UserError(f"{key}: has another tokenizer than the student", found, fix, ExitCode.BAD_DATA)
         fits = teacher.config.vocab_size <= student.config.vocab_size
     else:
         fits = teacher.config.vocab_size == student.config.vocab_size
     if not fits:
         found = f"{teacher.config.vocab_size}, the student has {student.config.vocab_size}"
-        raise UserError(f"{key}: has another vocabulary than the student", found, fix)
+        raise UserError(f"{key}: has another vocabulary than the student", found, fix, ExitCode.BAD_DATA)
+
+
+def _first_difference(
+    ids: Mapping[str, int], teacher_ids: Mapping[str, int], *, mask: str | None
+) -> str | None:
+    """The first id that is another text for the teacher; [MASK] is the student's own affair."""
+    texts = {number: token for token, number in ids.items() if token != mask}
+    taught = {number: token for token, number in teacher_ids.items() if token != mask}
+    for number in sorted(texts.keys() | taught.keys()):
+        ours, theirs = texts.get(number), taught.get(number)
+        if ours != theirs:
+            ours, theirs = ("none" if token is None else repr(token) for token in (ours, theirs))
+            return f"token {number} is {theirs}, the student's is {ours}"
+    return None
 
 
 def load_what_fits(student: PreTrainedModel, checkpoint: Path) -> None:

@@ -22,7 +22,6 @@ class CurriculumCallback(pl.Callback):
         manager.set_weights(self.curriculum.weights(step))
         if pl_module.teacher is None or manager.needs(self.curriculum.coming(step)).teacher:
             return
-        pl_module.teacher.close()
-        pl_module.teacher = None
+        pl_module.release_teacher()
         if self.writer is not None:
             self.writer.write("event", {"event": "teacher_freed", "step": step})

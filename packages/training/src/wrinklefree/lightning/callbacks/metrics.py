@@ -57,6 +57,8 @@ class MetricsCallback(pl.Callback):
                 "grad_norm": report.grad_norm,
                 "tokens": pl_module.progress.num_tokens,
                 "tokens_per_second": report.num_tokens / seconds,
+                "data_wait_seconds": report.data_wait_seconds,
+                "teacher_seconds": report.teacher_seconds,
                 "skipped": not report.is_finite,
                 **self.ramps.numbers(),
                 **report.numbers,

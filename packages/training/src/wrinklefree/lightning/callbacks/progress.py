@@ -16,6 +16,9 @@ from wrinklefree.terminal import LiveLine, clock, megabytes
 from wrinklefree.training.flops import flops_per_token, multiplications_per_second
 from wrinklefree.training.memory import memory_in_use
 
+WORTH_SAYING = 0.05
+"""Of the time: who waits less for data, or asks the teacher for less, need not hear of it."""
+
 
 class ProgressCallback(pl.Callback):
     """Only looks: it holds nothing that a checkpoint would need."""
@@ -53,6 +56,8 @@ class ProgressCallback(pl.Callback):
         self._num_steps += 1
         self._num_tokens += report.num_tokens
         self._num_run += report.num_tokens * pl_module.objective_manager.num_parts
+        self._data_seconds += report.data_wait_seconds
+        self._teacher_seconds += report.teacher_seconds
         is_due = not self._has_printed or report.step % self.every == 0 or report.step == pl_module.max_steps
         if is_due or self.line.is_live:
             self.line.show(self._line(report, pl_module), keep=is_due)
@@ -70,6 +75,7 @@ class ProgressCallback(pl.Callback):
         self._since, self._num_steps, self._num_tokens = time.perf_counter(), 0, 0
         self._num_run = 0
         """Tokens, those of masked views included."""
+        self._data_seconds = self._teacher_seconds = 0.0
 
     def _line(self, report: StepReport, module: WrinkleFreeLightningModule) -> str:
         seconds = time.perf_counter() - self._since
@@ -86,6 +92,9 @@ class ProgressCallback(pl.Callback):
             f"|g| {report.grad_norm:.2f}",
             f"{speed:,.0f} tokens/s",
         ]
+        for name, waited in (("data", self._data_seconds), ("teacher", self._teacher_seconds)):
+            if waited >= WORTH_SAYING * seconds:
+                parts.append(f"{name} {waited / seconds:.0%} of the time")
         if self.tokens_at_full_speed is not None:
             parts.append(f"MFU {self._num_run / seconds / self.tokens_at_full_speed:.1%}")
         parts += [f"memory {megabytes(memory_in_use(module.device))}", f"{clock(left)} left"]

@@ -41,6 +41,9 @@ class CheckpointCallback(pl.Callback):
         """Write step `step` unless it is there."""
         if step == self.saved_step:
             return
+        module = trainer.lightning_module
+        if isinstance(module, WrinkleFreeLightningModule) and module.teacher is not None:
+            module.teacher.flush()  # what comes after this step may read what was said before it
         if trainer.is_global_zero:
             target = self.directory.checkpoint(step)
             self._save(target)
