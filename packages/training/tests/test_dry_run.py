@@ -185,6 +185,26 @@ def test_the_command_prints_sizes_and_measures_what_is_here(
     assert not output_dir.exists()
 
 
+@pytest.mark.parametrize("which", ["backend=vllm", "cache={}"])
+def test_no_server_is_asked_and_no_cache_filled(
+    which: str, wrinklefree: Callable[..., Any], tmp_path: Path
+) -> None:
+    there = ["training.teacher.base_url=http://127.0.0.1:9"] if "vllm" in which else []
+    teacher = [f"training.teacher.{which.format(tmp_path / 'cache')}", *there]
+    objectives = ["training.objectives.logits_distill.weight=1", "training.max_steps=10"]
+    sizes = ["training.max_seq_length=32", "training.batch_size=2", f"output_dir={tmp_path}"]
+
+    ended = wrinklefree(
+        "train", "--dry-run", "model=tiny_llama", "training=base", *objectives, *teacher, *sizes
+    )
+
+    assert ended.exit_code == 0, ended.err
+    assert "measured here on 3 steps" in ended.out
+    assert not list(tmp_path.iterdir())
+    has_model = re.search(r"teacher +0 B\n", ended.out) is None
+    assert has_model == ("cache" in which)
+
+
 def test_a_model_whose_weights_are_not_here_is_estimated_and_not_measured(
     wrinklefree: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -308,6 +308,7 @@ def test_runs_that_fill_read_and_resume_are_the_same_to_the_bit(
 
     filling = rows(train(tmp_path / "filling", *there, f"training.teacher.cache={cache}"))
     shutil.copytree(cache, tmp_path / "copy")
+    assert len(list(cache.glob("*.bin"))) == 2  # one before each checkpoint: a kill costs nothing after it
     usual = WrinkleFreeLightningModule.training_step
 
     def training_step(self: WrinkleFreeLightningModule, *arguments: Any) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from wrinklefree.objectives.manager import ObjectiveManager
 from wrinklefree.optimizers.build import build_optimizer
 from wrinklefree.pretrained import are_weights_here, described_by
 from wrinklefree.teachers.opening import teacher_name
+from wrinklefree.teachers.sparse import UndecidedTeacher
 from wrinklefree.terminal import clock, megabytes, table
 from wrinklefree.training.batch_size import available_memory
 from wrinklefree.training.memory import memory_in_use
@@ -82,10 +84,11 @@ def _measure(config: RunConfig, manager: ObjectiveManager, tokens: int, device: 
     length = training.max_seq_length
     size = max(1, min(training.batch_size, MEASURED_TOKENS // length))
     batch = made_up_batch(size, length)
+    needs, tells_top_k = manager.needs(), not training.teacher.knows_inside
     models = build_models(
         config,
         checkpoint=None,
-        needs=manager.needs(),
+        needs=replace(needs, teacher_logits=False) if tells_top_k else needs,
         calibration=[batch.input_ids],
     )
     model: nn.Module = models.student
@@ -93,7 +96,9 @@ def _measure(config: RunConfig, manager: ObjectiveManager, tokens: int, device: 
     teacher = models.teacher
     if teacher is not None:
         teacher.to(device)
-        teacher = teacher.rehearsing()
+    elif needs.teacher:  # no server is asked here, and no cache filled
+        vocab_size = int(described_by(config.model.pretrained_name).vocab_size)
+        teacher = UndecidedTeacher(vocab_size - 1, training.teacher.top_k)  # the last may be [MASK]
     optimizer = build_optimizer(model, training.optimizer)
     batch = batch.to(device)
     passes, updates = [], []

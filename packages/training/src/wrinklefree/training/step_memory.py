@@ -71,7 +71,7 @@ def estimated_memory(
         teacher_bytes = counter.watch([*skeleton.parameters(), *skeleton.buffers()])
         taught = LocalTeacher(skeleton)
     elif manager.needs().teacher:
-        taught = UndecidedTeacher(student.vocab_size, config.training.teacher.top_k)
+        taught = UndecidedTeacher(student.vocab_size - 1, config.training.teacher.top_k)
     batch = made_up_batch(config.training.batch_size, config.training.max_seq_length)
     before = counter.now
     with counter:
