@@ -55,7 +55,8 @@ class Training:
 
     @property
     def run_dir(self) -> Path:
-        return self.output_dir / "checkpoints" / "chaos" / "unified_checkpoint"
+        """Of whatever experiment it is."""
+        return next((self.output_dir / "checkpoints").glob("*/*_checkpoint"))
 
     @property
     def log(self) -> Path:

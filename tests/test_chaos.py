@@ -14,8 +14,8 @@ MAX_STEPS = 40
 KILLS = 10
 VARIANTS = {
     "muon": ["experiment=chaos"],
-    "adamw": ["experiment=chaos", "training.optimizer.type=adamw", "training.optimizer.lr=1e-3"],
-    "workers": ["experiment=chaos", "data.num_workers=2"],
+    "adamw": ["experiment=quick", "training.optimizer.type=adamw", "training.optimizer.lr=1e-3"],
+    "workers": ["experiment=quick", "data.num_workers=2"],
 }
 
 

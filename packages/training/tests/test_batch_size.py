@@ -20,7 +20,7 @@ from wrinklefree.training.batch_size import Trial, divisors, largest_fitting
 from wrinklefree.training.student import build_models
 
 SMALL = [
-    "experiment=chaos",
+    "experiment=quick",
     "training.influence.enabled=false",
     "training.validation.num_batches=0",
     "training.max_seq_length=32",

@@ -27,7 +27,7 @@ from wrinklefree.runs import read_metrics
 from wrinklefree.training.data import open_loader, prepare_data
 
 SMALL = [
-    "experiment=chaos",
+    "experiment=quick",
     "training.influence.enabled=false",
     "training.validation.num_batches=0",
     "training.max_seq_length=32",

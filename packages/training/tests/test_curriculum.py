@@ -58,6 +58,8 @@ def test_steps_of_a_phase_are_its_share_of_the_run() -> None:
 
 SMALL = [
     "model=tiny_llama",
+    "training=base",
+    "training.objectives.logits_distill={weight: 0.5}",
     "data=demo",
     "training.max_seq_length=32",
     "training.batch_size=2",

@@ -59,7 +59,7 @@ def assert_says(row: str, output: str) -> None:
 
 
 SMALL = [
-    "experiment=chaos",
+    "experiment=quick",
     "training.influence.enabled=false",
     "training.validation.num_batches=0",
     "training.max_seq_length=16",
@@ -81,7 +81,7 @@ def train(wrinklefree: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoints" / "chaos" / "unified_checkpoint"
+    return tmp_path / "checkpoints" / "quick" / "base_checkpoint"
 
 
 WRONG_CONFIGURATIONS = {

@@ -72,7 +72,7 @@ def test_a_pipe_gets_plain_lines_with_every_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WRINKLEFREE_DATA", str(prepared_data))
-    overrides = ["experiment=chaos", "training.max_steps=4", "training.influence.enabled=false"]
+    overrides = ["experiment=quick", "training.max_steps=4", "training.influence.enabled=false"]
     sizes = ["training.max_seq_length=16", "training.logging.log_interval=3"]
 
     result = run(load_config([*overrides, *sizes, f"output_dir={tmp_path}"]))

@@ -24,7 +24,7 @@ from wrinklefree.training.data import PreparedData, prepare_data
 from wrinklefree.training.run_directory import RunDirectory
 
 SMALL = [
-    "experiment=chaos",
+    "experiment=quick",
     "training.influence.enabled=false",
     "training.validation.num_batches=0",
     "training.max_seq_length=32",
@@ -104,7 +104,7 @@ def test_a_run_leaves_what_the_design_says(whole: Path) -> None:
 
     assert names == {"step_000002", "step_000004", "step_000006", "final"}
     assert {"config.yaml", "metrics.jsonl", "metrics.csv"} <= {path.name for path in whole.iterdir()}
-    assert whole.parts[-3:] == ("checkpoints", "chaos", "unified_checkpoint")
+    assert whole.parts[-3:] == ("checkpoints", "quick", "base_checkpoint")
     rows = read_metrics(whole / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["samples"] for row in rows] == [list(range(4 * n, 4 * n + 4)) for n in range(6)]

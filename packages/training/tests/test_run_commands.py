@@ -17,7 +17,7 @@ from wrinklefree.run import run
 from wrinklefree.runs import read_metrics
 
 SMALL = [
-    "experiment=chaos",
+    "experiment=quick",
     "training.influence.enabled=false",
     "training.validation.num_batches=1",
     "training.max_seq_length=32",
@@ -37,7 +37,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, prepared_data: Path) -> It
 
 @pytest.fixture
 def run_dir(outputs: Path) -> Path:
-    return outputs / "checkpoints" / "chaos" / "unified_checkpoint"
+    return outputs / "checkpoints" / "quick" / "base_checkpoint"
 
 
 def test_eval_prints_the_loss_that_validation_measured(
@@ -106,7 +106,7 @@ def test_rm_removes_a_run_and_nothing_else(
     wrinklefree: Callable[..., Any], run_dir: Path, tmp_path: Path
 ) -> None:
     outputs, elsewhere = tmp_path / "outputs", tmp_path / "elsewhere"
-    run = outputs / "checkpoints" / "chaos" / "unified_checkpoint"
+    run = outputs / "checkpoints" / "quick" / "base_checkpoint"
     for copy in (run, elsewhere):
         shutil.copytree(run_dir, copy)
     (outputs / "way_out").symlink_to(elsewhere)
@@ -145,7 +145,7 @@ def test_the_schema_explains_every_key(wrinklefree: Callable[..., Any]) -> None:
 
 def test_a_configuration_is_shown_and_validated(wrinklefree: Callable[..., Any]) -> None:
     assert "max_steps: 7" in wrinklefree("config", "show", "training.max_steps=7").out
-    assert "valid: tiny_llama, unified, 3 steps" in wrinklefree("config", "validate", *SMALL).out
+    assert "valid: tiny_llama, base, 3 steps" in wrinklefree("config", "validate", *SMALL).out
     assert "max_steps: 7" in wrinklefree("train", "--print-config", "training.max_steps=7").out
     refused = wrinklefree("config", "validate", "training.max_stepz=7")
     assert refused.exit_code == 2

@@ -50,7 +50,7 @@ def test_no_secret_is_in_any_line_or_file(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     arguments = [
-        "experiment=chaos",
+        "experiment=quick",
         "training.influence.enabled=false",
         "training.max_seq_length=16",
         "training.max_steps=4",
@@ -61,7 +61,7 @@ def test_no_secret_is_in_any_line_or_file(
         f"gcs.bucket=memory://bob:{IN_URL}@bucket/runs",
         f"output_dir={tmp_path}",
     ]
-    run_dir = tmp_path / "checkpoints" / "chaos" / "unified_checkpoint"
+    run_dir = tmp_path / "checkpoints" / "quick" / "base_checkpoint"
     said: list[str] = []
 
     def command(*parts: object, code: int) -> str:

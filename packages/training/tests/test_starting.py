@@ -20,7 +20,7 @@ from wrinklefree.training.run_directory import find_checkpoint, step_of
 from wrinklefree.training.student import check_teacher, load_tokenizer
 
 SMALL = [
-    "experiment=chaos",
+    "experiment=quick",
     "training.influence.enabled=false",
     "training.validation.num_batches=0",
     "training.max_seq_length=32",
@@ -60,8 +60,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 def address(whole: RunResult) -> str:
     """The run, copied to a filesystem that is not this disk."""
     filesystem = fsspec.filesystem("memory")
-    filesystem.put(f"{whole.directory}/", "/bucket/chaos/unified_checkpoint/", recursive=True)
-    return "memory://bucket/chaos/unified_checkpoint"
+    filesystem.put(f"{whole.directory}/", "/bucket/quick/base_checkpoint/", recursive=True)
+    return "memory://bucket/quick/base_checkpoint"
 
 
 def test_a_run_starts_from_an_address_as_from_this_disk(
@@ -212,7 +212,7 @@ def test_a_stage_follows_the_nearest_one_before_it(
     assert rows(second)[0]["samples"] == [0, 1, 2, 3]  # nothing but the model is taken over
 
     (second.directory / "checkpoints").rename(second.directory / "aside")
-    trained = tmp_path / "checkpoints" / "chaos" / "stage1_9_checkpoint"
+    trained = tmp_path / "checkpoints" / "quick" / "stage1_9_checkpoint"
     trained.mkdir()
     (second.directory / "aside").rename(trained / "checkpoints")
     third = train(tmp_path, "training=stage2_pretrain", "training.batch_size=2")

@@ -19,7 +19,7 @@ from wrinklefree.training.uploading import Uploader, copy_checkpoint
 
 SECRET = "hf_abcdefghijklmnop1234"
 SMALL = [
-    "experiment=chaos",
+    "experiment=quick",
     "training.influence.enabled=false",
     "training.validation.num_batches=0",
     "training.max_seq_length=32",
@@ -190,7 +190,7 @@ def test_a_run_goes_on_while_its_bucket_hangs_and_keeps_what_waits(
     )
 
     assert (result.step, result.exit_code) == (3, 0)
-    folder = "/bucket/checkpoints/chaos/unified_checkpoint/checkpoints"
+    folder = "/bucket/checkpoints/quick/base_checkpoint/checkpoints"
     names = {PurePosixPath(path).name for path in Unreliable().ls(folder, detail=False)}
     assert names == {"step_000001", "step_000002", "step_000003", "final"}
     copied(tmp_path, f"{folder}/final")
@@ -208,7 +208,7 @@ def test_what_is_missing_is_an_error_at_the_end_and_copied_by_the_same_command(t
     Unreliable.refusals = 0
     assert train(here, bucket).exit_code == 0
 
-    copied(tmp_path, "/bucket/checkpoints/chaos/unified_checkpoint/checkpoints/final")
+    copied(tmp_path, "/bucket/checkpoints/quick/base_checkpoint/checkpoints/final")
 
 
 @pytest.mark.parametrize("bucket", ["nosuch://bucket", "null"])

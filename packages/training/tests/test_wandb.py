@@ -96,7 +96,7 @@ def flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def train(output_dir: Path, *overrides: str) -> Path:
     small = [
-        "experiment=chaos",
+        "experiment=quick",
         "training.influence.enabled=false",
         "training.validation.num_batches=0",
         "training.max_seq_length=16",
