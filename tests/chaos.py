@@ -55,8 +55,9 @@ class Training:
 
     @property
     def run_dir(self) -> Path:
-        """Of whatever experiment it is."""
-        return next((self.output_dir / "checkpoints").glob("*/*_checkpoint"))
+        experiment = self.overrides[0].removeprefix("experiment=")
+        stage = {"chaos": "unified", "quick": "base"}[experiment]
+        return self.output_dir / "checkpoints" / experiment / f"{stage}_checkpoint"
 
     @property
     def log(self) -> Path:
