@@ -1,7 +1,7 @@
 """Does a low-rank correction buy more than its bytes buy as 8-bit weights?
 
     uv run python benchmarks/lrc.py                  three seeds, a few minutes
-    uv run python benchmarks/lrc.py --init kaiming   another start of U and V
+    uv run python benchmarks/lrc.py --init svd       another start of U and V
 
 For each seed a tiny decoder learns the demo's four sources in full precision, becomes ternary (stage 2), and
 gets a correction of U and V that is trained to give the hidden states of the full-precision model
@@ -142,7 +142,11 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, float]:
             run(load_config(overrides(directory, seed, "stage2_pretrain", options.ternary, *learning)))
         )
         set_quant_amount(ternary, 1.0)
-        more = [f"training.lrc.init={options.init}", f"training.optimizer.lr={options.lr}"]
+        more = [
+            f"training.lrc.init={options.init}",
+            f"training.optimizer.lr={options.lr}",
+            "training.objectives.continue_pretrain.weight=0",
+        ]
         corrected = final(
             run(load_config(overrides(directory, seed, "lrc_calibration", options.steps, *more)))
         )
@@ -171,11 +175,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--dense", type=int, default=600, help="steps in full precision")
-    parser.add_argument("--ternary", type=int, default=300, help="steps of stage 2")
+    parser.add_argument("--dense", type=int, default=1500, help="steps in full precision")
+    parser.add_argument("--ternary", type=int, default=100, help="steps of stage 2")
     parser.add_argument("--steps", type=int, default=200, help="steps of the correction")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--init", choices=["svd", "calibrated", "kaiming"], default="calibrated")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--init", choices=["svd", "calibrated", "kaiming"], default="kaiming")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = [one_seed(seed, options) for seed in range(options.seeds)]

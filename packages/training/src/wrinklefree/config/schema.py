@@ -195,8 +195,11 @@ class LRCConfig:
     """Of U and V; none takes a share of the full rank."""
     rank_percentage: float = 0.1
     """Of the smaller side of a projection, when `rank` is none."""
-    init: LRCInit = LRCInit.calibrated
-    """`calibrated` starts at the least error on training batches, `svd` at W − Q(W), `kaiming` at nothing."""
+    init: LRCInit | None = None
+    """`calibrated` starts at the least error on training batches, `svd` at W − Q(W), `kaiming` at nothing.
+    None takes `calibrated` for a model that is only now converted, and `kaiming` for one that was trained
+    as ternary: its latent weights are no better than their codes.
+    """
 
     def __post_init__(self) -> None:
         key = "training.lrc"

@@ -91,7 +91,7 @@ def build_models(
         if checkpoint is not None:
             load_what_fits(student, checkpoint)
     if config.training.lrc.enabled:
-        _correct(student, config.training.lrc, calibration)
+        _correct(student, config.training.lrc, calibration, is_trained=not from_pretrained)
     teacher = None
     if needs.teacher:
 
@@ -276,20 +276,18 @@ def _convert(student: PreTrainedModel, config: RunConfig, calibration: Iterable[
     logger.info("converted %d projections to ternary", len(report.converted))
 
 
-def _correct(student: PreTrainedModel, config: LRCConfig, calibration: Iterable[Tensor]) -> None:
+def _correct(
+    student: PreTrainedModel, config: LRCConfig, calibration: Iterable[Tensor], *, is_trained: bool
+) -> None:
     """Give every ternary projection a low-rank correction, unless it came with one, and freeze the rest."""
     if not any(lrc_layers(student)):
         # What is corrected is the ternary model, whatever the checkpoint's λ and μ were.
         set_quant_amount(student, 1.0)
         set_subln_amount(student, 1.0)
-        is_calibrated = config.init is LRCInit.calibrated
-        convert_bitlinear_to_lrc(
-            student,
-            config.rank,
-            config.rank_percentage,
-            config.init,
-            batches=calibration if is_calibrated else None,
-        )
+        init = config.init or (LRCInit.kaiming if is_trained else LRCInit.calibrated)
+        batches = calibration if init is LRCInit.calibrated else None
+        convert_bitlinear_to_lrc(student, config.rank, config.rank_percentage, init, batches=batches)
+        logger.info("low-rank correction: starts %s", init)
     counts = freeze_model_except_lrc(student)
     logger.info("low-rank correction: %s parameters learn, all others are frozen", f"{counts['trainable']:,}")
 
