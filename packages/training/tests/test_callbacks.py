@@ -142,6 +142,25 @@ def test_samples_are_what_transformers_generates(watched: Path) -> None:
         assert (row["text"] == text) == (row["temperature"] == 0)
 
 
+def test_a_mask_in_held_out_text_is_not_asked_for(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"one <|mask|> {number} " * 12}) for number in range(100)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    (tmp_path / "own.yaml").write_text(
+        f"name: own\nsources:\n  own: {{format: jsonl, path: {tmp_path}/text.jsonl, probe_one_in: 5}}\n"
+    )
+    result = train(
+        tmp_path,
+        f"data.config_name={tmp_path / 'own.yaml'}",
+        f"data.directory={tmp_path / 'data'}",
+        "training.objectives.dlm={weight: 1.0}",
+        "training.validation.num_batches=1",
+        "training.max_steps=1",
+    )
+
+    (first, *_) = read_metrics(result.directory / "metrics.jsonl", kind="val")
+    assert all(isinstance(loss, float) for each in first["losses"].values() for loss in each.values())
+
+
 def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"samples.prompts") as caught:
         train(tmp_path, "training.samples.every=1", "training.samples.max_new_tokens=100000")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from bitnet_arch import block_diffusion_of
 from data_handler.probes import Probe
 from wrinklefree.objectives.continue_pretrain import ContinuePretrainObjective
 from wrinklefree.objectives.manager import ObjectiveManager
@@ -22,6 +23,7 @@ def held_out_losses(
 ) -> dict[str, float]:
     """Source → mean loss over its first blocks; a probe shorter than a block is left out."""
     manager = ObjectiveManager({"continue_pretrain": ContinuePretrainObjective()})
+    manager.diffusion = block_diffusion_of(model)
     found = {}
     for name, probe in probes.items():
         num_blocks = min(probe.shards.num_tokens // block_size, num_batches * batch_size)
@@ -29,7 +31,8 @@ def held_out_losses(
             continue
         total, count = 0.0, 0
         for batch in probe.batches(block_size=block_size, batch_size=batch_size, num_samples=num_blocks):
-            part = manager.losses(model, None, batch.to(device))["continue_pretrain"]
+            batch = manager.preprocess_batch(batch.to(device))
+            part = manager.losses(model, None, batch)["continue_pretrain"]
             total, count = total + float(part.total), count + int(part.count)
         found[name] = total / max(1, count)
     return found
