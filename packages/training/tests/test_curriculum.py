@@ -196,6 +196,24 @@ def test_a_phase_reads_its_own_data_and_so_does_a_resumed_run(tmp_path: Path) ->
         assert [row["weights"] for row in resumed] == [row["weights"] for row in rows]
 
 
+def test_the_first_step_reads_the_data_of_its_own_phase(tmp_path: Path) -> None:
+    first, second = one_source(tmp_path, "first", "apples"), one_source(tmp_path, "second", "pears")
+    listed = [
+        {"until": until, "objectives": {"continue_pretrain": 1.0}, "data": str(config)}
+        for until, config in ((0.0, first), (1.0, second))
+    ]
+    result = train(
+        tmp_path / "out",
+        "training.curriculum.enabled=true",
+        f"training.curriculum.phases={json.dumps(listed).replace(chr(34), '')}",
+        "training.max_steps=2",
+        f"data.directory={tmp_path / 'data'}",
+    )
+
+    weights = [row["weights"] for row in read_metrics(result.directory / "metrics.jsonl")]
+    assert [each["pears"] for each in weights] == [1, 1]
+
+
 def test_influence_moves_the_weights_of_the_present_phase_alone(tmp_path: Path) -> None:
     listed = [
         {"until": 0.5, "objectives": {"continue_pretrain": 1.0}},

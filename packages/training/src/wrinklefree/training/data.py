@@ -15,6 +15,7 @@ from data_handler.probes import Probe
 from data_handler.shards import read_header
 from durable import ExitCode, UserError, error_line
 from wrinklefree.config.schema import RunConfig
+from wrinklefree.objectives import create_curriculum_scheduler
 from wrinklefree.training.student import tokenizer_name
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,14 @@ def prepare_data(config: RunConfig) -> PreparedData:
 
 
 def data_configs(config: RunConfig) -> list[str]:
-    """What the run reads in its phases, the first one first; each once."""
-    curriculum = config.training.curriculum
-    named = [phase.data for phase in curriculum.phases] if curriculum.enabled else []
-    first = [] if named and named[0] else [config.data.config_name]
-    return list(dict.fromkeys([*first, *(name for name in named if name)]))
+    """What the run reads in its phases, that of the first step first; each once."""
+    curriculum = create_curriculum_scheduler(config.training.curriculum, config.max_steps)
+    if curriculum is None:
+        return [config.data.config_name]
+    # A phase may be over before the first step.
+    first = curriculum.data_config(1) or config.data.config_name
+    named = [phase.data_config for phase in curriculum.phases]
+    return list(dict.fromkeys([first, *(name for name in named if name)]))
 
 
 def _prepared(config: RunConfig, name: str) -> PreparedConfig:
