@@ -323,6 +323,17 @@ def test_a_model_that_guesses_has_the_loss_of_a_guess_on_average(weighting: str,
     assert float(loss.mean()) == pytest.approx(math.log(15), rel=tolerance)
 
 
+@pytest.mark.parametrize("mask_prob", [0.0, 1.0])
+def test_a_view_that_never_masks_is_not_counted(mask_prob: float) -> None:
+    plan, batch = ViewPlan(block_size=8, mask_prob=mask_prob), made_batch(lengths=((24,),))
+    small = replace(batch, input_ids=batch.input_ids % 13 + 3)
+    states = replace(DecoderStates.from_logits(torch.zeros(1, 3 * LENGTH, 16)), num_parts=3)
+
+    loss = DLMObjective(plan=plan, weighting="llada")(States(student=states, views=plan.draw(small)), small)
+
+    assert float(loss.mean()) == pytest.approx(math.log(16))
+
+
 def test_the_cut_into_micro_batches_and_twice_the_batch_change_nothing() -> None:
     model, batch = student(), made_batch()
     batch.labels[1, 10:] = -100
@@ -456,6 +467,7 @@ def test_a_model_without_a_mask_is_one_line() -> None:
     [
         ({"block_size": 1}, r"block_size: must be 2 or more"),
         ({"mask_prob": 1.5}, r"mask_prob: must be 0 to 1"),
+        ({"mask_prob": 0.0, "complementary": False}, r"mask_prob: must be above 0"),
         ({"mask_token_id": -1}, r"mask_token_id: must be 0 or more"),
     ],
 )

@@ -39,6 +39,8 @@ class DiffusionConfig:
         require(mask is None or mask >= 0, f"{key}.mask_token_id", "must be 0 or more", mask)
         in_range = share is None or (is_number(share, at_least=0) and share <= 1)
         require(in_range, f"{key}.mask_prob", "must be 0 to 1", share)
+        masks = self.complementary or share != 0
+        require(masks, f"{key}.mask_prob", "must be above 0 where one view runs", share)
 
     def plan(self, seed: int) -> "ViewPlan":
         """How a run with this seed draws its views."""

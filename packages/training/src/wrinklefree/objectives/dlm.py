@@ -82,7 +82,9 @@ def masked_count(plan: ViewPlan, batch: Batch, *, expected: bool) -> int:
     if plan.complementary and not expected:
         return int(plan.maskable(batch).sum())
     if expected:
-        return plan.num_views * int(plan.maskable(batch).sum())
+        # A view that never masks is no draw.
+        num_draws = 1 if plan.mask_prob in (0, 1) else plan.num_views
+        return num_draws * int(plan.maskable(batch).sum())
     return sum(int(masked.sum()) for masked in plan.draw(batch).masked)
 
 
