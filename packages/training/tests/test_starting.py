@@ -14,10 +14,11 @@ from bitnet_arch.testing import tiny_llama
 from data_handler.demo import TOKENIZER_DIR
 from durable import UserError, publish
 from wrinklefree.config import load_config
+from wrinklefree.objectives import DiffusionConfig
 from wrinklefree.run import RunResult, run
 from wrinklefree.runs import read_metrics
 from wrinklefree.training.run_directory import find_checkpoint, step_of
-from wrinklefree.training.student import check_teacher, load_tokenizer
+from wrinklefree.training.student import check_teacher, load_tokenizer, prepare_mask
 
 SMALL = [
     "experiment=quick",
@@ -288,6 +289,16 @@ def test_weights_that_fit_are_taken_and_the_others_are_named(
     out = capsys.readouterr().out
     assert f"{len(added)} tensors not in the checkpoint" in out
     assert sorted(added)[0] in out
+
+
+def test_a_mask_joins_the_tokens_that_a_model_suppresses() -> None:
+    model = tiny_llama()
+    assert model.generation_config is not None
+    model.generation_config.suppress_tokens = [9]
+
+    prepare_mask(model, None, DiffusionConfig(mask_token_id=7))
+
+    assert model.generation_config.suppress_tokens == [7, 9]
 
 
 def test_a_teacher_must_mean_the_same_by_a_token() -> None:

@@ -167,7 +167,8 @@ def prepare_mask(
         logger.info("[MASK] is token %d, %s; its embedding starts at the vocabulary's mean", mask, how)
     set_block_diffusion(student, BlockDiffusion(mask_token_id=mask, block_size=config.block_size))
     if student.generation_config is not None:
-        student.generation_config.suppress_tokens = [mask]
+        suppressed = student.generation_config.suppress_tokens or ()
+        student.generation_config.suppress_tokens = sorted({*suppressed, mask})
 
 
 def _refuse_text(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
