@@ -160,3 +160,26 @@ def test_a_rank_that_hangs_ends_all_of_them_with_one_line(stopped: int, tmp_path
     assert f"rank {1 - stopped} lost another rank" in line
     assert f"rank {stopped} was stopped and was ended" in line
     assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_ranks_learn_from_layers_alone_though_the_last_norm_gets_no_gradient(tmp_path: Path) -> None:
+    wanted = [
+        "training.curriculum.enabled=false",
+        "training.objectives.layerwise={weight: 1.0}",
+        "training.objectives.continue_pretrain.weight=0",
+        "training.objectives.dlm.weight=0",
+        "training.lambda_warmup.warmup_steps=3",
+        "training.max_steps=4",
+        "training.batch_size=2",
+    ]
+    found = []
+    for num_ranks, accumulation in ((1, 4), (2, 2)):
+        output_dir = tmp_path / str(num_ranks)
+        cut = f"training.gradient_accumulation_steps={accumulation}"
+        process = start(output_dir, num_ranks, *wanted, cut)
+        assert process.wait(240) == 0, (output_dir / "log.txt").read_text()[-2000:]
+        found.append([row["loss"] for row in read_metrics(metrics(output_dir))])
+
+    # λ grows here, and another order of sums re-draws roundings to int8.
+    assert found[1] == pytest.approx(found[0], rel=1e-2)

@@ -118,7 +118,7 @@ def run(config: RunConfig) -> RunResult:
                 start.announce(module.progress.step, writer)
 
         if why_over(config, callbacks.states()) is None:
-            trainer = lightning_trainer(config, callbacks.all, ranks)
+            trainer = lightning_trainer(config, callbacks.all, ranks, reaches_all=manager.reaches_all)
             data_module = WrinkleFreeDataModule(loader, training.gradient_accumulation_steps)
             try:
                 trainer.fit(module, datamodule=data_module)

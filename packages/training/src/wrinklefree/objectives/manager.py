@@ -98,6 +98,13 @@ class ObjectiveManager:
         """How many times the tokens of a batch go through the student: clean, and in masked views."""
         return 1 + (self.plan.num_views if self.plan is not None and self.needs().masked_views else 0)
 
+    @property
+    def reaches_all(self) -> bool:
+        """Does every step go through the head, and so through all of the student? Distances between layers
+        end before it.
+        """
+        return all(isinstance(each, VocabularyObjective) for each in self.objectives.values())
+
     def check_models(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """UserError for two models that an objective cannot compare, before any step."""
         if teacher is None:
