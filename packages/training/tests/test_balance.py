@@ -2,8 +2,11 @@
 
 import json
 import logging
+import math
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,11 +62,59 @@ def test_norms_are_those_of_autograd_and_leave_gradients_alone() -> None:
     assert all(parameter.grad is None for parameter in parameters[1:])
 
 
+def test_gradients_of_one_objective_are_gone_before_those_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, alive = torch.autograd.grad, []
+    earlier: list[weakref.ref[torch.Tensor]] = []
+
+    def grad(*arguments: Any, **options: Any) -> Any:
+        alive.append(sum(each() is not None for each in earlier))
+        found = usual(*arguments, **options)
+        earlier.extend(weakref.ref(each) for each in found if each is not None)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    ids = torch.arange(16).reshape(1, 16) + 5
+    places, zeros = ids - 5, torch.zeros_like(ids)
+    batch = Batch(ids, ids, places, zeros, zeros[:, 0], torch.zeros(1, dtype=torch.int64))
+    manager = create_objective_manager({"continue_pretrain": {}, "logits_distill": {}})
+
+    gradient_norms(manager, tiny_llama(), LocalTeacher(tiny_llama(seed=1)), batch)
+
+    assert alive == [0, 0]
+
+
 def test_factors_make_each_pull_the_same_and_move_half_the_way() -> None:
     first = balanced_scales({"continue_pretrain": 2.0, "dlm": 8.0}, {})
     assert first == {"continue_pretrain": 1.0, "dlm": 0.25}
     assert balanced_scales({"continue_pretrain": 2.0, "dlm": 4.0}, first)["dlm"] == pytest.approx(0.375)
     assert balanced_scales({"dlm": 4.0, "tcs_distill": 0.0}, {}) == {"dlm": 1.0}
+
+
+def test_a_measurement_that_says_nothing_leaves_factors_that_can_be_used() -> None:
+    before = {"continue_pretrain": 1.0, "dlm": 0.25}
+    for norm in (math.inf, math.nan):
+        assert balanced_scales({"continue_pretrain": norm, "dlm": 8.0}, before) == before
+        assert balanced_scales({"continue_pretrain": 2.0, "dlm": norm}, {}) == {"continue_pretrain": 1.0}
+    # A student that is its teacher, but for the teacher's rounding to bf16.
+    assert balanced_scales({"continue_pretrain": 2.8, "logits_distill": 7e-4}, {})["logits_distill"] == 100.0
+
+
+def test_the_measurement_computes_in_the_precision_of_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def measured(*arguments: Any) -> dict[str, float]:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return gradient_norms(*arguments)
+
+    monkeypatch.setattr("wrinklefree.lightning.callbacks.balance.gradient_norms", measured)
+    wanted = ["training.max_steps=1", "training.checkpoint.save_at_end=false", f"output_dir={tmp_path}"]
+    run(load_config([*SMALL, *wanted, "training.precision=bf16"]))
+
+    assert seen == [True]
 
 
 def rows(directory: Path, kind: str) -> list[dict[str, object]]:

@@ -5,12 +5,13 @@ normalised in different ways differ by orders of magnitude: BitDistill's γ = 1e
 twice (arXiv 2510.13998 and its code), and is 1,700 times cross entropy without that.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_handler import Batch
 from wrinklefree.objectives.base import divided, require
@@ -23,6 +24,8 @@ TOO_STRONG = 10.0
 """Times the reference's pull."""
 KEPT = 0.5
 """Of an earlier factor, at each measurement."""
+LARGEST_FACTOR = 100.0
+"""A student that still is its teacher has next to no gradient there, which says nothing of later steps."""
 
 
 class BalanceMode(StrEnum):
@@ -60,9 +63,14 @@ def gradient_norms(
     norms = {}
     for number, (name, loss) in enumerate(losses.items(), start=1):
         mean = divided(loss.total, loss.count)
-        found = torch.autograd.grad(mean, parameters, allow_unused=True, retain_graph=number < len(losses))
-        norms[name] = float(nn.utils.get_total_norm([each for each in found if each is not None]))
+        norms[name] = _gradient_norm(mean, parameters, retain_graph=number < len(losses))
     return norms
+
+
+def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter], *, retain_graph: bool) -> float:
+    """A function, so that one objective's gradients are gone before the next one's come."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=retain_graph)
+    return float(nn.utils.get_total_norm([each for each in found if each is not None]))
 
 
 def reference_of(norms: Mapping[str, float]) -> str:
@@ -75,7 +83,7 @@ def balanced_scales(norms: Mapping[str, float], before: Mapping[str, float]) -> 
     unit = norms[reference_of(norms)]
     scales = dict(before)
     for name, norm in norms.items():
-        if norm > 0 and unit > 0:
-            wanted = unit / norm
+        if 0 < norm < math.inf and 0 < unit < math.inf:
+            wanted = min(unit / norm, LARGEST_FACTOR)
             scales[name] = wanted if name not in before else KEPT * before[name] + (1 - KEPT) * wanted
     return scales

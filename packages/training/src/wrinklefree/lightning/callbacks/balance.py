@@ -64,7 +64,8 @@ class BalanceCallback(pl.Callback):
         # The step itself draws the same numbers again.
         seed_micro_batch(pl_module.seed, step=step, micro_batch=0, rank=pl_module.global_rank)
         first = manager.preprocess_batch(batch[0])
-        with without_compiled_blocks(pl_module.model):
+        # Callbacks run outside the step's autocast: in float32 this would need twice the step's memory.
+        with without_compiled_blocks(pl_module.model), trainer.precision_plugin.train_step_context():
             norms = gradient_norms(manager, pl_module.model, pl_module.teacher, first)
         norms = _mean_of_ranks(norms, pl_module.device)
         if self.config.mode is BalanceMode.gradnorm:
@@ -82,7 +83,7 @@ class BalanceCallback(pl.Callback):
             row = {"step": step, "norms": norms, "ratios": ratios, "scales": dict(scales)}
             self.writer.write("gradients", row)
         for name, ratio in ratios.items():
-            if ratio <= TOO_STRONG:
+            if not ratio > TOO_STRONG:  # NaN is the business of whoever skips the step
                 self.strong_since.pop(name, None)
                 continue
             since = self.strong_since.setdefault(name, step)
