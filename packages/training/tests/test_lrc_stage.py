@@ -13,6 +13,7 @@ from bitnet_arch.testing import tiny_llama
 from durable import UserError
 from wrinklefree.config import load_config
 from wrinklefree.lightning.callbacks.frozen import FrozenCallback, frozen_sha256
+from wrinklefree.objectives import create_objective_manager
 from wrinklefree.run import RunResult, run
 from wrinklefree.runs import read_metrics
 
@@ -93,3 +94,9 @@ def test_a_touched_weight_ends_the_run() -> None:
 def test_what_cannot_be_is_one_line(options: str) -> None:
     with pytest.raises(UserError, match=r"training\.lrc\.rank"):
         load_config(["model=tiny_llama", "training=lrc_calibration", f"training.lrc={options}"])
+
+
+def test_the_preset_learns_from_hidden_states_alone() -> None:
+    objectives = load_config(["model=tiny_llama", "training=lrc_calibration"]).training.objectives
+
+    assert set(create_objective_manager(objectives).active) == {"lrc_reconstruction"}
