@@ -143,7 +143,7 @@ def test_a_run_takes_each_step_with_its_weights_and_lets_the_teacher_go(
 )
 def test_a_curriculum_that_does_not_hold_is_one_line(given: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(given)
+        load_config(["training=base", *given])
 
     assert caught.value.exit_code == 2
     assert said in str(caught.value)
