@@ -75,10 +75,10 @@ def test_every_model_composes(model: str) -> None:
 
 def test_steps_follow_from_tokens_when_nobody_gave_them() -> None:
     config = load_config(
-        ["training.total_tokens=1000000", "training.batch_size=4", "training.max_seq_length=100"]
+        ["training.total_tokens=1000000", "training.batch_size=4", "training.max_seq_length=96"]
     )
 
-    assert config.max_steps == 1_000_000 // (4 * 16 * 100)
+    assert config.max_steps == 1_000_000 // (4 * 16 * 96)
 
 
 def test_output_dir_may_stand_under_training() -> None:

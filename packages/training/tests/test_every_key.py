@@ -101,7 +101,7 @@ PHASES = (
 )
 CORRECTED = "training.lrc.enabled=true"
 MASKED = "training.objectives.dlm={weight: 1}"
-TAUGHT = "training.objectives.logits_distill={weight: 1000}"
+DROWNED = "training.objectives.logits_distill={weight: 1000}"
 WANDB = "training.logging.wandb.enabled=true"
 TAUGHT = "training.objectives.logits_distill.weight=1"
 SERVED = (
@@ -209,9 +209,9 @@ WALKED: dict[str, tuple[str, ...]] = {
     "training.lrc.rank": ("2", CORRECTED),
     "training.lrc.rank_percentage": ("0.5", CORRECTED),
     "training.lrc.init": ("svd", CORRECTED),
-    "training.balance.mode": ("gradnorm", TAUGHT),
-    "training.balance.interval": ("2", TAUGHT),
-    "training.balance.warn_steps": ("1", TAUGHT, "training.balance.interval=1"),
+    "training.balance.mode": ("gradnorm", DROWNED),
+    "training.balance.interval": ("2", DROWNED),
+    "training.balance.warn_steps": ("1", DROWNED, "training.balance.interval=1"),
     "training.diffusion.block_size": ("8", MASKED),
     "training.diffusion.mask_token_id": ("1", MASKED),
     "training.diffusion.complementary": ("false", MASKED),

@@ -134,7 +134,8 @@ def decoder_states(
     if excluded is None and diffusion is not None:
         excluded = diffusion.mask_token_id
     head = model.get_submodule(walked.head)
-    if excluded is not None and excluded >= walked.vocab_size:
+    rows = getattr(head, "out_features", None)
+    if excluded is not None and rows is not None and excluded >= rows:
         excluded = None  # a teacher without the student's row for [MASK]
     num_parts = 1 if views is None else 1 + len(views)
     hidden = output.last_hidden_state
