@@ -16,6 +16,7 @@ from wrinklefree.runs import read_metrics
 # λ and dropout at 0, so that nothing but the order of a sum may differ (design §5).
 COMMON = [
     "experiment=chaos",
+    "training.balance.mode=none",  # measured on the first micro-batch, which ranks cut otherwise
     "training.influence.enabled=false",
     "training.validation.num_batches=0",
     "training.optimizer.type=adamw",

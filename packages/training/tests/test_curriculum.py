@@ -138,6 +138,10 @@ def test_a_run_takes_each_step_with_its_weights_and_lets_the_teacher_go(
             "logits_distill is switched off",
         ),
         (["training.curriculum.enabled=true"], "there are none"),
+        (
+            [*phases((1.0, {"continue_pretrain": 1})), "training.objectives.continue_pretrain.weight=2"],
+            "phases say how much it counts",
+        ),
         ([*BOTH_THEN_ONE, "training.curriculum.interpolation=sudden"], "step | linear | cosine"),
     ],
 )

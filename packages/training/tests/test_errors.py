@@ -97,7 +97,11 @@ WRONG_CONFIGURATIONS = {
     "6a": ["training.curriculum.enabled=true", "training.curriculum.phases=[{until: 0.8},{until: 0.3}]"],
     "6b": ["training.curriculum.enabled=true", "training.curriculum.phases=[]"],
     "7a": ["training.objectives.continue_pretrain.weight=-1"],
-    "7b": ["training.objectives.continue_pretrain.weight=0", "training.objectives.logits_distill.weight=0"],
+    "7b": [
+        "training=base",
+        "training.objectives.continue_pretrain.weight=0",
+        "training.objectives.logits_distill.weight=0",
+    ],
     "9": ["training.objectives.logits_distil.weight=1"],
 }
 

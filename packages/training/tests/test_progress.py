@@ -86,7 +86,9 @@ def test_a_pipe_gets_plain_lines_with_every_number(
             f"  loss {row['loss']:.4f}  continue_pretrain {row['losses']['continue_pretrain']:.4f}  " in line
         )
         assert f"  λ {row['lambda']:.2f}  μ {row['mu']:.2f}  lr {row['lr']:.2e}  " in line
-        assert re.search(r"  [\d,]+ tokens/s  MFU \d+\.\d%  memory [\d.]+ [MG]B  0:00:\d\d left$", line)
+        waits = r"(?:\w+ \d+% of the time  )*"
+        end = rf"  [\d,]+ tokens/s  {waits}MFU \d+\.\d%  memory [\d.]+ [MG]B  0:00:\d\d left$"
+        assert re.search(end, line)
     assert lines[-1].endswith("0:00:00 left")
 
 

@@ -61,8 +61,22 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     assert isinstance(config, RunConfig)
     curriculum = create_curriculum_scheduler(config.training.curriculum, config.max_steps)
     wanted = checked_objectives(config.training.objectives, curriculum)
+    if curriculum is not None:
+        _refuse_weights(overrides)
     _require_teacher_can(config.training.teacher, wanted)
     return config
+
+
+def _refuse_weights(overrides: Sequence[str]) -> None:
+    """UserError for a weight that a person wrote and the phases of a curriculum would overrule."""
+    for each in overrides:
+        key, _, value = each.lstrip("+").partition("=")
+        if key.startswith("training.objectives.") and key.endswith(".weight"):
+            raise UserError(
+                f"{key}: the curriculum's phases say how much it counts",
+                value,
+                "set training.curriculum.enabled=false, or the weights in training.curriculum.phases",
+            )
 
 
 def _require_teacher_can(teacher: TeacherConfig, wanted: Mapping[str, Mapping[str, Any]]) -> None:
