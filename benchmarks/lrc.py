@@ -94,7 +94,8 @@ def held_out(model: nn.Module, data: PreparedData) -> float:
 
 
 def final(result: RunResult) -> nn.Module:
-    return load_bitnet(result.directory / "checkpoints" / "final").eval()
+    model: nn.Module = load_bitnet(result.directory / "checkpoints" / "final")
+    return model.eval()
 
 
 def as_eight_bits(model: nn.Module, paths: list[str]) -> nn.Module:

@@ -161,8 +161,8 @@ def train_all(
     )
     bare = BareLoop(trainer)
 
-    def with_bare_loop(config: Any, callbacks: list[pl.Callback], ranks: Any) -> pl.Trainer:
-        return lightning_trainer(config, [*callbacks, bare], ranks)
+    def with_bare_loop(config: Any, callbacks: list[pl.Callback], ranks: Any, **named: Any) -> pl.Trainer:
+        return lightning_trainer(config, [*callbacks, bare], ranks, **named)
 
     with mock.patch("wrinklefree.run.lightning_trainer", with_bare_loop):
         result = run(config)
