@@ -13,10 +13,10 @@ and of a prompt without labels only the last. Distances are float32 at least.
 Shapes: B samples, T tokens, N that count, D hidden size.
 """
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from bitnet_arch import ModelWalk
 from data_handler import Batch
 from data_handler.types import IGNORED_LABEL
 from durable import UserError
-from wrinklefree.objectives.base import LossSum, Needs, Objective, is_number, require
+from wrinklefree.objectives.base import LossSum, Needs, Objective, ObjectiveConfig, is_number, require
 from wrinklefree.objectives.head import accurate
 from wrinklefree.objectives.states import States, layer_index
 
@@ -59,6 +59,36 @@ def mse_normalized(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
 def cosine_distance(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
     """[N]: 1 − cos, as half the squared difference of unit vectors, which is exact where they agree."""
     return (_unit(student_ND) - _unit(teacher_ND)).square().sum(dim=-1) / 2
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": mse,
+    "mse_normalized": mse_normalized,
+    "cosine": cosine_distance,
+    "inner_product": cosine_distance,
+}
+"""By loss type; each objective names those that it takes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HiddenStateConfig(ObjectiveConfig):
+    """What can be set about objectives on hidden states."""
+
+    loss_types: ClassVar[type[StrEnum]]
+
+    loss_type: str = "mse"
+    layer_weights: Any = None
+    """`none`: all layers alike; `progressive`: 1, 2, 3 …; `exponential`: 1, 2, 4 …; or a number for each."""
+    teacher_layers: Any = None
+    """The teacher's layer for each of the student's, from 0; none takes the same, of as many layers."""
+
+    def __post_init__(self) -> None:
+        ObjectiveConfig.__post_init__(self)  # slots and a bare super() do not meet
+        known = self.loss_type in list(self.loss_types)
+        names = " or ".join(self.loss_types)
+        require(known, f"objectives.{self.name}.loss_type", f"must be {names}", self.loss_type)
+        checked_weights(self.name, self.layer_weights)
+        checked_layers(self.name, self.teacher_layers)
 
 
 def compared(labels_BT: Tensor) -> Tensor:
@@ -122,18 +152,21 @@ def check_hidden_sizes(student: int, teacher: int, *, name: str) -> None:
 class HiddenStateObjective(Objective):
     """What objectives on hidden states have in common."""
 
+    config: ClassVar[type[HiddenStateConfig]]
+
     def __init__(
         self,
         *,
+        loss_type: str | None = None,
         layer_weights: str | Sequence[float] | None = None,
         teacher_layers: Sequence[int] | None = None,
     ) -> None:
+        config = self.config(layer_weights=layer_weights, teacher_layers=teacher_layers)
+        if loss_type is not None:
+            config = replace(config, loss_type=loss_type)
+        self.distance = DISTANCES[config.loss_type]
         self.layer_weights = checked_weights(self.name, layer_weights)
         self.teacher_layers = checked_layers(self.name, teacher_layers)
-
-    @abstractmethod
-    def distance(self, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """[N]: of each token."""
 
     def needs(self) -> Needs:
         return Needs(hidden_states=True)
