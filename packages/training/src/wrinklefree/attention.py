@@ -72,17 +72,31 @@ def _observing(name: str) -> Any:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> Any:
-        observers = getattr(module, "attention_observers", ())
-        if observers:
-            is_causal = options.get("is_causal")
-            is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-            scale = options.get("scaling") or query.shape[-1] ** -0.5
-            causal = attention_mask is None and bool(is_causal)
-            for observer in observers:
-                observer(AttentionInput(query, key, value, attention_mask, scale, causal))
+        scale, is_causal = options.get("scaling"), options.get("is_causal")
+        _tell(module, query, key, value, attention_mask, scale, is_causal)
         return ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, attention_mask, **options)
 
     return attention
+
+
+@torch.compiler.disable  # else a block is compiled again for the observers of every step
+def _tell(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scale: float | None,
+    is_causal: bool | None,
+) -> None:
+    observers: tuple[Observer, ...] = getattr(module, "attention_observers", ())
+    if not observers:
+        return
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = mask is None and bool(is_causal)
+    seen = AttentionInput(query, key, value, mask, scale or query.shape[-1] ** -0.5, causal)
+    for observer in observers:
+        observer(seen)
 
 
 @contextmanager
