@@ -17,6 +17,19 @@ Message = dict[str, str]
 LARGEST_ERROR = 2**16
 
 
+class RefusedError(UserError):
+    """What a server says no to; `kind` is its word for it."""
+
+    def __init__(self, server: str, found: str, kind: str = "") -> None:
+        super().__init__(
+            f"{server}: does not give what was asked for",
+            found,
+            "start it with 'wrinklefree serve FILE', or change the request",
+            ExitCode.BAD_DATA,
+        )
+        self.kind = kind
+
+
 class BitNetClient:
     """One server. What it refuses is a UserError with its own words."""
 
@@ -85,7 +98,7 @@ class BitNetClient:
             **options,
         }
         if stream:
-            return (event["content"] for event in self._events("/completion", request) if event["content"])
+            return (event["content"] for event in self.events("/completion", request) if event["content"])
         return str(self.ask("/completion", request)["content"])
 
     @overload
@@ -102,7 +115,7 @@ class BitNetClient:
         """The answer to a conversation; `options` are those of the OpenAI API, such as max_tokens."""
         request = {"messages": list(messages), **options}
         if stream:
-            events = self._events("/v1/chat/completions", request)
+            events = self.events("/v1/chat/completions", request)
             deltas = (choice["delta"] for event in events for choice in event["choices"])
             return (delta["content"] for delta in deltas if delta.get("content"))
         return str(self.ask("/v1/chat/completions", request)["choices"][0]["message"]["content"])
@@ -120,7 +133,7 @@ class BitNetClient:
         with self._asked(path, request) as response:
             return self._parsed(response.read())
 
-    def _events(self, path: str, request: dict[str, Any]) -> Iterator[Any]:
+    def events(self, path: str, request: dict[str, Any]) -> Iterator[Any]:
         """Server-sent events until the last. Closing the iterator tells the server to stop."""
         with self._asked(path, {**request, "stream": True}) as response:
             for line in response:
@@ -138,9 +151,8 @@ class BitNetClient:
             connection.request("GET" if body is None else "POST", path, body, self._headers)
             response = connection.getresponse()
             if response.status != 200:
-                raise self._failure(
-                    f"HTTP status {response.status}: {_message(response.read(LARGEST_ERROR))}"
-                )
+                message, kind = _said(response.read(LARGEST_ERROR))
+                raise self._failure(f"HTTP status {response.status}: {message}", kind)
             yield response
         except (OSError, http.client.HTTPException) as error:
             raise self._failure(f"{type(error).__name__}: {error}") from None
@@ -153,17 +165,13 @@ class BitNetClient:
         except ValueError:
             raise self._failure("no JSON") from None
 
-    def _failure(self, found: str) -> UserError:
-        return UserError(
-            f"http://{self.host}:{self.port}: does not give what was asked for",
-            found,
-            "start it with 'wrinklefree serve FILE', or change the request",
-            ExitCode.BAD_DATA,
-        )
+    def _failure(self, found: str, kind: str = "") -> UserError:
+        return RefusedError(f"http://{self.host}:{self.port}", found, kind)
 
 
-def _message(body: bytes) -> str:
-    """The sentence in an error of the API, else its text."""
+def _said(body: bytes) -> tuple[str, str]:
+    """The sentence and the kind in an error of the API, else its text."""
     with contextlib.suppress(ValueError, LookupError, TypeError):
-        return str(json.loads(body)["error"]["message"])
-    return body.decode(errors="replace")
+        error = json.loads(body)["error"]
+        return str(error["message"]), str(error["type"])
+    return body.decode(errors="replace"), ""

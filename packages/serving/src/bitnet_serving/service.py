@@ -1,16 +1,28 @@
 """An engine behind a front, kept alive: what crashes it costs the requests of that moment, not the server."""
 
 import logging
+import sys
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from bitnet_serving.engine_server import CONTEXT, SLOTS, START_SECONDS, EngineServer
 from bitnet_serving.front import Front, Upstream
 from durable import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def serve(gguf_path: Path, **options: Any) -> None:
+    """Serve a file until a signal ends it; `options` are those of `Service`."""
+    with Service(gguf_path, **options) as service:
+        if service.is_open:
+            print(
+                "warning: other machines can reach this server, and it asks nobody for a key", file=sys.stderr
+            )
+        print(f"{gguf_path.name} is served at {service.url}/v1; Ctrl-C ends it", flush=True)
+        service.wait()
 
 
 class Service:
