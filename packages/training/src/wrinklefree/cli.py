@@ -149,7 +149,8 @@ def evaluate(
 
 
 MODEL = typer.Argument(
-    metavar="MODEL", help="The directory of a run or a checkpoint, or whatever convert takes."
+    metavar="MODEL",
+    help="The directory of a run or a checkpoint, a .gguf file (llama.cpp), or what convert takes.",
 )
 MODE = typer.Option(help="Token after token, or block diffusion (a model trained with dlm).")
 MAX_NEW_TOKENS = typer.Option(metavar="N", help="128, or as many as the model has positions for.")
@@ -180,8 +181,12 @@ def generate(
     stream: Annotated[bool, STREAM] = True,
 ) -> None:
     """Write what follows a prompt, and say how fast it came."""
-    from wrinklefree.commands.generate import generate as run
     from wrinklefree.generation.decoding import Decoding
+
+    if model.endswith(".gguf"):
+        from wrinklefree.commands.engine import generate as run
+    else:
+        from wrinklefree.commands.generate import generate as run
 
     decoding = Decoding(
         mode=mode,
@@ -213,8 +218,12 @@ def chat(
 
     Ctrl-C stops an answer; /exit, the end of the input, or Ctrl-C at the prompt end the chat.
     """
-    from wrinklefree.commands.chat import chat as run
     from wrinklefree.generation.decoding import Decoding
+
+    if model.endswith(".gguf"):
+        from wrinklefree.commands.engine import chat as run
+    else:
+        from wrinklefree.commands.chat import chat as run
 
     decoding = Decoding(
         mode=mode,
@@ -227,6 +236,55 @@ def chat(
         prefix_cache=prefix_cache,
     )
     run(model, decoding=decoding, stream=stream)
+
+
+GGUF_FILE = typer.Argument(metavar="FILE", help="A .gguf file that llama.cpp runs.")
+THREADS = typer.Option(min=1, metavar="N", help="As many as this process may use.")
+
+
+@app.command()
+def serve(
+    file: Annotated[Path, GGUF_FILE],
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; any other opens it to other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8080,
+    threads: Annotated[int | None, THREADS] = None,
+    context: Annotated[
+        int, typer.Option(min=16, metavar="N", help="Tokens of a request with its answer, up to the model's.")
+    ] = 4096,
+    slots: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="Requests answered at once; others wait.")
+    ] = 4,
+    lora: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A low-rank correction, as a GGUF adapter.")
+    ] = None,
+) -> None:
+    """Serve a .gguf file with the OpenAI API: /v1/completions, /v1/chat/completions, /v1/models, /health.
+
+    Ctrl-C or SIGTERM ends it.
+    """
+    from bitnet_serving.service import serve as run
+
+    run(file, host=host, port=port, threads=threads, context=context, slots=slots, lora=lora)
+
+
+@app.command()
+def bench(
+    file: Annotated[Path, GGUF_FILE],
+    threads: Annotated[int | None, THREADS] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Read at once, for prefill.")] = 512,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Written one by one, for decoding.")
+    ] = 64,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="The medians are printed.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """How fast a .gguf file runs here, and what share of the machine's memory bandwidth that is."""
+    from bitnet_serving.bench import bench as run
+
+    measured = run(file, threads=threads, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
+    print(measured.to_json() if as_json else measured)
 
 
 config_app = typer.Typer(

@@ -9,6 +9,7 @@ import sys
 import torch
 
 from durable import UserError, error_line
+from wrinklefree.commands.asking import FORGOTTEN, next_question
 from wrinklefree.generation import Decoding, Prefix, open_decoder
 from wrinklefree.generation.generate import check_request
 from wrinklefree.generation.opening import Decoder, Message
@@ -26,7 +27,7 @@ def chat(name: str, *, decoding: Decoding, stream: bool) -> None:
     generator = torch.Generator().manual_seed(decoding.seed)
     history: list[Message] = []
     try:
-        while (line := _asked()) is not None:
+        while (line := next_question()) is not None:
             question = {"role": "user", "content": line}
             try:
                 history, prompt = _fitting([*history, question], decoder, decoding)
@@ -38,24 +39,6 @@ def chat(name: str, *, decoding: Decoding, stream: bool) -> None:
             history.append({"role": "assistant", "content": speaker.answer})
     finally:
         speaker.print_speed()
-
-
-def _asked() -> str | None:
-    """The next line with something in it; None when there is none."""
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        import readline  # noqa: F401 - gives `input` its line editing
-    while True:
-        try:
-            line = input("> " if is_terminal else "").strip()
-        except EOFError:
-            if is_terminal:
-                print()
-            return None
-        if line == "/exit":
-            return None
-        if line:
-            return line
 
 
 def _fitting(
@@ -71,5 +54,5 @@ def _fitting(
                 raise
         else:
             return messages, prompt
-        print("the oldest turn is forgotten: the conversation has become too long", file=sys.stderr)
+        print(FORGOTTEN, file=sys.stderr)
         messages = messages[2:]

@@ -1,11 +1,10 @@
 """`wrinklefree generate`: go on from prompts, token after token or by block diffusion."""
 
-import sys
 from collections.abc import Sequence
 
 import torch
 
-from durable import UserError
+from wrinklefree.commands.asking import text_of_stdin
 from wrinklefree.generation import Decoding, Prefix, open_decoder
 from wrinklefree.generation.generate import check_request
 from wrinklefree.generation.speaking import Speaker
@@ -13,7 +12,7 @@ from wrinklefree.generation.speaking import Speaker
 
 def generate(name: str, *, prompts: Sequence[str], decoding: Decoding, stream: bool) -> None:
     """Print what follows each prompt; without one, what follows stdin."""
-    texts = prompts or [_from_stdin()]
+    texts = prompts or [text_of_stdin()]
     decoder = open_decoder(name)
     encoded = [decoder.encode(text) for text in texts]
     for prompt in encoded:
@@ -29,9 +28,3 @@ def generate(name: str, *, prompts: Sequence[str], decoding: Decoding, stream: b
             speaker.say(prefix, prompt, ends=decoder.ends, generator=generator)
     finally:
         speaker.print_speed()
-
-
-def _from_stdin() -> str:
-    if sys.stdin.isatty():
-        raise UserError("generate: no prompt", fix="give --prompt TEXT, or pipe a text in")
-    return sys.stdin.read().removesuffix("\n")

@@ -1,0 +1,1 @@
+"""Names that are known from before, for what `bitnet_serving` does."""
