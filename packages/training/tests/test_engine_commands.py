@@ -70,7 +70,11 @@ def test_chat_forgets_the_oldest_turns_when_there_is_no_room(
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["-p", "a", "--mode", "diffusion"], 2, "error: mode: an engine writes token after token (found diffusion)"),
+        (
+            ["-p", "a", "--mode", "diffusion"],
+            2,
+            "error: mode: an engine writes token after token",
+        ),
         (["-p", "the " * 400], 2, "error: prompt: longer than the model's positions"),
     ],
 )

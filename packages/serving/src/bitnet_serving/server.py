@@ -28,7 +28,8 @@ class BitNetServer:
         self, bitnet_path: Path | str | None, model_path: Path | str, port: int = 8080, num_threads: int = 4
     ) -> None:
         self.bitnet_path = None if bitnet_path is None else Path(bitnet_path)
-        self.model_path, self.port, self.num_threads = Path(model_path), port, num_threads
+        self.model_path = Path(model_path).absolute()  # Microsoft's programs run in a directory of their own
+        self.port, self.num_threads = port, num_threads
         self._running: Service | EngineProcess | None = None
 
     def start(self, wait_for_ready: bool = True, timeout: float = 60) -> None:
@@ -93,7 +94,7 @@ class BitNetInference:
 
     def __init__(self, bitnet_path: Path | str | None, model_path: Path | str, num_threads: int = 4) -> None:
         self.bitnet_path = None if bitnet_path is None else Path(bitnet_path)
-        self.model_path, self.num_threads = Path(model_path), num_threads
+        self.model_path, self.num_threads = Path(model_path).absolute(), num_threads
 
     def generate(self, prompt: str, max_tokens: int = 128, temperature: float = 0.7) -> str:
         """What follows the prompt. Microsoft's program repeats the prompt in front of it; it is taken off."""

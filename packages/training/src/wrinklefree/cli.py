@@ -181,7 +181,7 @@ def generate(
     stream: Annotated[bool, STREAM] = True,
 ) -> None:
     """Write what follows a prompt, and say how fast it came."""
-    from wrinklefree.generation.decoding import Decoding
+    from wrinklefree.decoding import Decoding
 
     if model.endswith(".gguf"):
         from wrinklefree.commands.engine import generate as run
@@ -218,7 +218,7 @@ def chat(
 
     Ctrl-C stops an answer; /exit, the end of the input, or Ctrl-C at the prompt end the chat.
     """
-    from wrinklefree.generation.decoding import Decoding
+    from wrinklefree.decoding import Decoding
 
     if model.endswith(".gguf"):
         from wrinklefree.commands.engine import chat as run

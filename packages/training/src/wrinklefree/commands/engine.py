@@ -13,7 +13,7 @@ from bitnet_serving.engine_server import CONTEXT, EngineServer
 from bitnet_serving.gguf_reader import GGUFFile, read_gguf
 from durable import UserError, error_line
 from wrinklefree.commands.asking import FORGOTTEN, next_question, text_of_stdin
-from wrinklefree.generation.decoding import USUAL_NEW_TOKENS, Decoding
+from wrinklefree.decoding import USUAL_NEW_TOKENS, Decoding
 
 TOO_LONG = "exceed_context_size_error"
 

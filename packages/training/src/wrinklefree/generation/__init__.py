@@ -7,7 +7,7 @@ answer = generate_ids(decoder.model, decoder.encode("Once"), Decoding(max_new_to
 print(decoder.tokenizer.decode(answer.tokens), answer.tokens_per_forward)
 """
 
-from wrinklefree.generation.decoding import Decoding, Mode
+from wrinklefree.decoding import Decoding, Mode
 from wrinklefree.generation.generate import Generated, generate_ids, stream_ids
 from wrinklefree.generation.opening import Decoder, open_decoder
 from wrinklefree.generation.prefix import Prefix

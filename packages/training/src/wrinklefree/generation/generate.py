@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from bitnet_arch import block_diffusion_of
 from bitnet_arch.walk import config_of
 from durable import UserError
+from wrinklefree.decoding import Decoding
 from wrinklefree.generation.autoregressive import autoregressive
 from wrinklefree.generation.block_diffusion import Filling, block_diffusion
 from wrinklefree.generation.choice import Choice
-from wrinklefree.generation.decoding import Decoding
 from wrinklefree.generation.prefix import Prefix
 from wrinklefree.objectives.states import NEEDS_OTHER_MASKS
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wrinklefree.generation.decoding import Decoding
+from wrinklefree.decoding import Decoding
 from wrinklefree.generation.generate import stream_ids
 from wrinklefree.generation.opening import Decoder
 from wrinklefree.generation.prefix import Prefix
