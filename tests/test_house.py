@@ -136,3 +136,20 @@ def test_every_make_target_explains_itself() -> None:
 
     assert targets
     assert [name for name, rest in targets if "## " not in rest] == []
+
+
+def test_the_engine_of_microsoft_is_a_pointer_and_nothing_more() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-s", "extern/BitNet"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a checkout")
+
+    assert listed.stdout.split() == [
+        "160000",
+        "16da220ae2b510caff437d403288882687f44ae5",
+        "0",
+        "extern/BitNet",
+    ]
+    # A clone, and pip from an address of git, fetch all submodules but those.
+    assert "update = none" in (ROOT / ".gitmodules").read_text()
