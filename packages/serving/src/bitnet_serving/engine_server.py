@@ -13,10 +13,11 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from bitnet_serving.client import BitNetClient
-from bitnet_serving.engine_child import ADDRESS, EngineSettings
-from bitnet_serving.engine_process import EngineProcess
+from bitnet_serving.server_child import ADDRESS, EngineSettings
+from bitnet_serving.server_process import ServerProcess
 from durable import ExitCode, UserError
 
+CHILD = Path(__file__).with_name("server_child.py")
 START_SECONDS = 600.0
 ANSWER_SECONDS = 3600.0
 CONTEXT = 4096
@@ -54,15 +55,16 @@ class EngineServer:
         )
         self.host = "127.0.0.1"
         self.port = 0
-        self._process: EngineProcess | None = None
+        self._process: ServerProcess | None = None
 
     def start(self, *, timeout: float = START_SECONDS) -> None:
         """Load the file; UserError when the engine cannot."""
         # An address, or None when the child has nothing more to say.
         self.port = 0
         heard: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._process = EngineProcess(
-            [sys.executable, "-m", "bitnet_serving.engine_child"],
+        self._process = ServerProcess(
+            # -P: no module of this directory may stand in for one that the engine imports.
+            [sys.executable, "-P", str(CHILD)],
             first_line=self.settings.to_json(),
             on_line=lambda line: heard.put(line.removeprefix(ADDRESS)) if line.startswith(ADDRESS) else None,
             on_end=lambda: heard.put(None),

@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Self
 
 from bitnet_serving.client import BitNetClient
-from bitnet_serving.engine_process import EngineProcess
 from bitnet_serving.engine_server import EngineServer, check_gguf
 from bitnet_serving.microsoft import inference_command, server_command
+from bitnet_serving.server_process import ServerProcess
 from bitnet_serving.service import Service
 from durable import ExitCode, UserError
 
@@ -30,7 +30,7 @@ class BitNetServer:
         self.bitnet_path = None if bitnet_path is None else Path(bitnet_path)
         self.model_path = Path(model_path).absolute()  # Microsoft's programs run in a directory of their own
         self.port, self.num_threads = port, num_threads
-        self._running: Service | EngineProcess | None = None
+        self._running: Service | ServerProcess | None = None
 
     def start(self, wait_for_ready: bool = True, timeout: float = 60) -> None:
         """UserError when a program or file is missing, the port is taken, or it is not ready in time."""
@@ -46,7 +46,7 @@ class BitNetServer:
             self.bitnet_path, self.model_path, host="127.0.0.1", port=self.port, threads=self.num_threads
         )
         check_gguf(self.model_path)
-        self._running = EngineProcess(command, cwd=self.bitnet_path)
+        self._running = ServerProcess(command, cwd=self.bitnet_path)
         if wait_for_ready:
             self._wait_until_ready(self._running, timeout)
 
@@ -69,7 +69,7 @@ class BitNetServer:
     ) -> None:
         self.stop()
 
-    def _wait_until_ready(self, process: EngineProcess, timeout: float) -> None:
+    def _wait_until_ready(self, process: ServerProcess, timeout: float) -> None:
         client = BitNetClient("127.0.0.1", self.port, timeout=timeout)
         deadline = time.monotonic() + timeout
         while not client.health_check():

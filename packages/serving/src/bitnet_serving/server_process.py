@@ -22,7 +22,7 @@ LOG_PREFIX = re.compile(r"^[\d.]+ [A-Z] +(\w+ +)?")
 TELLING = re.compile(r"error|fail|couldn't|cannot|assert|what\(\)|corrupt|invalid|out of", re.IGNORECASE)
 
 
-class EngineProcess:
+class ServerProcess:
     """A running child. A thread calls `on_line` with every line that it says, then `on_end`."""
 
     def __init__(

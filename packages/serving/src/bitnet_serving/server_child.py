@@ -1,4 +1,4 @@
-"""`python -m bitnet_serving.engine_child`: llama.cpp's HTTP server (xllamacpp) in a process of its own.
+"""llama.cpp's HTTP server (xllamacpp) in a process of its own: a script that needs nothing else of ours.
 
 One line of JSON comes in on stdin; `address=http://…` goes out on stdout, among what the engine says. The
 process lives until it is told to end or its stdin closes, so it never outlives whoever started it.
@@ -77,4 +77,9 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        # Not through the interpreter's end, which would wait for threads of the engine.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
