@@ -10,6 +10,7 @@ mid-stream, its slot is freed; an answer that is not streamed the engine finishe
 """
 
 import contextlib
+import errno
 import http.client
 import json
 import selectors
@@ -75,11 +76,12 @@ class Front(socketserver.ThreadingTCPServer):
         try:
             super().__init__((address, port), _Handler)
         except OSError as error:
+            is_taken = error.errno == errno.EADDRINUSE
             raise UserError(
                 f"port {port}: cannot be listened on",
                 f"{host}: {error.strerror}",
-                "choose another --port; 0 takes any that is free",
-                ExitCode.BUSY,
+                f"choose another --{'port' if is_taken else 'host or --port'}; port 0 is any that is free",
+                ExitCode.BUSY if is_taken else ExitCode.BAD_INPUT,
             ) from None
         self.port = int(self.server_address[1])
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from bitnet_serving.gguf_values import MetaValue
 from bitnet_serving.gguf_writer import TensorToWrite, write_gguf
 
 SENTENCE = "the quick brown fox jumps over the lazy dog"
@@ -21,7 +22,7 @@ def write_tiny_gguf(path: Path, *, context: int = 256, template: bool = True) ->
     """The file, equal for equal arguments."""
     tokens, merges = _bpe()
     head = HIDDEN // HEADS
-    metadata = {
+    metadata: dict[str, MetaValue] = {
         "general.architecture": "llama",
         "general.file_type": 1,
         "llama.context_length": context,
