@@ -7,7 +7,7 @@ the model itself. The architecture is built without memory for its parameters, t
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class CheckpointSource:
     walked: ModelWalk
     stored: dict[str, tuple[Path, StoredTensor]]
     """Name in the model → where it is."""
+    shapes: dict[str, tuple[int, ...]]
+    """Name → shape in the model."""
     provenance: dict[str, str | int]
     """What the directory and its run say about where it comes from."""
 
@@ -47,6 +49,10 @@ class CheckpointSource:
     def normed(self) -> tuple[str, ...]:
         """Projections with a norm inside or in front of them."""
         return (*self.record.subln.inserted, *self.walked.sub_norms)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor as the model has it."""
+        return self.shapes[name]
 
     def dense(self, name: str) -> Tensor:
         """A tensor as it was saved; UserError when it is not finite."""
@@ -70,6 +76,7 @@ def open_source(checkpoint: Path) -> CheckpointSource:
     config = read_config(directory, record)
     model = empty_model(directory, record)
     walked = walk(model)
+    walked = replace(walked, is_tied=f"{walked.head}.weight" in record.ties)  # without memory, nothing is
     make_ternary(model, record, directory)
     stored = _stored(directory, record)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in record.ties}
@@ -80,6 +87,7 @@ def open_source(checkpoint: Path) -> CheckpointSource:
         config=config,
         walked=walked,
         stored=stored,
+        shapes=expected,
         provenance=_provenance(directory),
     )
 
