@@ -67,6 +67,10 @@ def export_gguf(
     merge_lrc: Annotated[
         bool, typer.Option("--merge-lrc", help="Add low-rank corrections to the weights (f16, bf16, q8_0).")
     ] = False,
+    lora: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT-lora.gguf", help="Write low-rank corrections as an adapter of their own."),
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Another tokenizer than the checkpoint's.")
     ] = None,
@@ -90,6 +94,7 @@ def export_gguf(
         dense_activations=dense_activations,
         keep_mask=keep_mask,
         merge_lrc=merge_lrc,
+        lora=lora,
         tokenizer=tokenizer,
         replace_existing=force,
     )

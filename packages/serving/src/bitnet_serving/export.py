@@ -25,6 +25,7 @@ from bitnet_serving.file_tensors import FileTensors, ScaleLostError, require_i2_
 from bitnet_serving.formats import DENSE_FORMATS, GGUF_FORMATS, TERNARY_FORMATS
 from bitnet_serving.gguf_values import MetaValue
 from bitnet_serving.gguf_writer import TensorToWrite, write_gguf
+from bitnet_serving.lora import AdapterReport, write_adapter
 from bitnet_serving.model_metadata import context_length, model_metadata
 from bitnet_serving.padding import ModelShape, Padding, plan_padding
 from bitnet_serving.tokenizer_metadata import TokenizerMetadata, read_tokenizer
@@ -58,6 +59,8 @@ class ExportReport:
     largest_scale_error: float
     padding: Padding
     tokenizer: str
+    adapter: AdapterReport | None = None
+    """Low-rank corrections in a file of their own."""
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -67,6 +70,8 @@ class ExportReport:
         lines.append(f"  largest relative scale error {self.largest_scale_error:.1e}")
         lines.append(f"  {self.padding}")
         lines.append(f"  tokenizer: {self.tokenizer}")
+        if self.adapter is not None:
+            lines.append(f"  {self.adapter}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
@@ -83,13 +88,15 @@ def export_gguf(
     dense_activations: bool = False,
     keep_mask: bool = False,
     merge_lrc: bool = False,
+    lora: str | PathLike[str] | None = None,
     tokenizer: str | PathLike[str] | None = None,
     replace_existing: bool = False,
 ) -> ExportReport:
     """Write a checkpoint (or the newest one of a run) to `out`.
 
     Without `body`, `prefer` chooses among the types that hold ternary weights to the bit: `speed` (the
-    default) the one that decodes fastest, `size` the one of fewest bytes.
+    default) the one that decodes fastest, `size` the one of fewest bytes. Low-rank corrections go to `lora`,
+    an adapter for this very file, or into weights that are not ternary any more (`merge_lrc`).
     """
     _require_choice("--type", body, BODY_TYPES)
     _require_choice("--embeddings", embeddings, TABLE_TYPES)
@@ -106,7 +113,7 @@ def export_gguf(
     embeddings, head = table_types(source, body, embeddings, head)
     _refuse_unfinished(source, body, at_full_quantisation=at_full_quantisation)
     _refuse_sparse(source, allowed=dense_activations)
-    _check_lrc(source, body, merge=merge_lrc)
+    _check_lrc(source, body, merge=merge_lrc, adapter=lora is not None, in_blocks=scales == "blocks")
     if body == "i2_s":
         require_i2_s(architecture)
     rows, without = _vocabulary(source, keep_mask=keep_mask)
@@ -128,9 +135,14 @@ def export_gguf(
         Path(tokenizer) if tokenizer else source.directory, vocab_size=rows, without=without
     )
     metadata = _metadata(source, architecture, body, padding, text, rows)
+    # First, so that a model never stands there without its corrections.
+    adapter = None if lora is None else _write_adapter(lora, tensors, source, replace_existing)
     try:
         write_gguf(out, metadata, list(tensors.listed()), replace=replace_existing)
     except ScaleLostError:
+        if adapter is not None:
+            adapter.path.unlink()
+            raise _scales_and_adapter(f"{body}, which would round a scale by more than 2⁻¹¹") from None
         tensors = replace(tensors, scale_tensors=True)
         write_gguf(out, metadata, list(tensors.listed()), replace=replace_existing)
     types, num_bytes = _parts(tensors.listed())
@@ -142,6 +154,7 @@ def export_gguf(
         largest_scale_error=tensors.largest_scale_error,
         padding=padding,
         tokenizer=text.kind,
+        adapter=adapter,
         notes=(*text.notes, *_notes(source, architecture, tensors, prefer)),
     )
 
@@ -220,18 +233,41 @@ def _refuse_sparse(source: CheckpointSource, *, allowed: bool) -> None:
             )
 
 
-def _check_lrc(source: CheckpointSource, body: str, *, merge: bool) -> None:
+def _check_lrc(source: CheckpointSource, body: str, *, merge: bool, adapter: bool, in_blocks: bool) -> None:
+    if merge and adapter:
+        raise UserError("--lora, --merge-lrc: a correction is added once", "both", "give one of them")
     if merge and body in TERNARY_FORMATS:
         raise UserError(
             f"--merge-lrc: {body} holds ternary weights, and a corrected one is not",
-            fix="use --type f16, bf16 or q8_0, or leave the correction in a file of its own",
+            fix="use --type f16, bf16 or q8_0, or leave the correction in a file of its own: --lora",
         )
-    if source.record.lrc and not merge:
+    if source.record.lrc and not (merge or adapter):
         raise UserError(
             f"{source.directory}: has low-rank corrections",
             found=f"{len(source.record.lrc)} of them",
-            fix="merge them: --merge-lrc --type f16",
+            fix="write an adapter for them: --lora OUT-lora.gguf, or merge them: --merge-lrc --type f16",
         )
+    if adapter and not source.record.lrc:
+        raise UserError(f"--lora: {source.directory} has no low-rank corrections", fix="leave it out")
+    if adapter and (body == "bf16" or not in_blocks):
+        raise _scales_and_adapter("--type bf16" if body == "bf16" else "--scales tensors")
+    if adapter and body == "i2_s":
+        raise UserError("--lora: Microsoft's engine adds no corrections to i2_s", fix="use --type tq2_0")
+
+
+def _scales_and_adapter(found: str) -> UserError:
+    return UserError(
+        "--lora: an engine would multiply the correction by a scale that has a tensor of its own",
+        found,
+        "use another --type, or --merge-lrc",
+    )
+
+
+def _write_adapter(
+    path: str | PathLike[str], tensors: FileTensors, source: CheckpointSource, replace_existing: bool
+) -> AdapterReport:
+    about = {f"wrinklefree.{key}": value for key, value in source.provenance.items()}
+    return write_adapter(path, tensors, about=about, replace=replace_existing)
 
 
 def _vocabulary(source: CheckpointSource, *, keep_mask: bool) -> tuple[int, int | None]:

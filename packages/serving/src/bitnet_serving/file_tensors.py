@@ -59,7 +59,7 @@ class FileTensors:
         """In the order of the file."""
         for place in places(self.source.walked, self.source.stored.keys()):
             yield self._tensor(place)
-            if self.scale_tensors and self._is_ternary(place):
+            if self.scale_tensors and self._has_scale(place):
                 yield TensorToWrite(
                     name=place.with_leaf("scale"), format="f32", shape=(1,), produce=self._scale(place)
                 )
@@ -96,16 +96,20 @@ class FileTensors:
                 size if axis == "as it is" else self.padding.padded.width(axis)
                 for size, axis in zip(stored, axes, strict=True)
             )
-            make = self._ternary if self._is_ternary(place) and not self.merge_lrc else self._dense
+            make = self._ternary if self._has_scale(place) else self._dense
             produce = lambda: make(place, form)  # noqa: E731
         return TensorToWrite(name=place.gguf_name, format=form, shape=shape, produce=produce)
 
     def _is_ternary(self, place: Place) -> bool:
         return place.kind == "weight" and place.module in self.source.record.ternary
 
+    def _has_scale(self, place: Place) -> bool:
+        """It is ternary in the file too, and not merged with its correction."""
+        return self._is_ternary(place) and not (self.merge_lrc and place.module in self.source.record.lrc)
+
     def _ternary(self, place: Place, form: str) -> Tensor:
         codes, tensor_scale = self.source.ternary(place.module)
-        codes = self.padding.widen(place.role, self._in_order(place, codes))
+        codes = self.padding.widen(place.role, self.in_order(place, codes))
         scale = float(tensor_scale) * self.padding.factor(place.role)
         if self.scale_tensors:
             self.scales[place.module] = scale
@@ -127,7 +131,7 @@ class FileTensors:
             values = self.source.dense(place.name).float()
         if place.role.endswith("_norm"):
             values = values + self.source.walked.gain_offset
-        return encode_dense(form, self.padding.apply(place.role, self._in_order(place, values), place.kind))
+        return encode_dense(form, self.padding.apply(place.role, self.in_order(place, values), place.kind))
 
     def _merged(self, module: str) -> Tensor:
         """A ternary weight and its low-rank correction as one matrix."""
@@ -149,7 +153,7 @@ class FileTensors:
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _in_order(self, place: Place, values: Tensor) -> Tensor:
+    def in_order(self, place: Place, values: Tensor) -> Tensor:
         """transformers rotates channel i with i + head_dim/2, `llama` 2i with 2i + 1."""
         if not self.architecture.permutes or place.role not in ("attn_q", "attn_k"):
             return values
