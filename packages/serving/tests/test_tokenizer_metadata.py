@@ -27,8 +27,8 @@ Content = dict[str, Any]
 TEXT = (
     "the and of hello World don't I'LL we've naïve Straße größer Ελληνικά русский язык 你好 世界 日本語 "
     "テスト 한국어 עברית العربية हिन्दी ไทย 😀 👩\u200d👩\u200d👧 🇩🇪 e\u0301 "
-    "ﬁ Ǆ 𝔘𝔫𝔦 x=1 def foo(bar): return {} [] -> != // /* */ <div> </div> 0 7 42 1234 3.14159 1e-10 0xFF ½ ٣ ４２ … — “q” '' \" "
-    "\\n $ % & # @ ~ ^ ` | _ __init__"
+    "ﬁ Ǆ 𝔘𝔫𝔦 x=1 def foo(bar): return {} [] -> != // /* */ <div> </div> 0 7 42 1234 3.14159 1e-10 0xFF "
+    "½ ٣ ４２ … — “q” '' \" \\n $ % & # @ ~ ^ ` | _ __init__"
 )
 WORDS = TEXT.split(" ")
 GAPS = [
