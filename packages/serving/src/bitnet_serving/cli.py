@@ -116,9 +116,7 @@ def main(run: Callable[..., object] = app, argv: list[str] | None = None) -> int
     try:
         code = run(argv, prog_name="python -m bitnet_serving", standalone_mode=False)
     except typer.TyperException as error:
-        wrong = UserError(
-            error.format_message().rstrip("."), fix="see `python -m bitnet_serving --help`"
-        )
+        wrong = UserError(error.format_message().rstrip("."), fix="see `python -m bitnet_serving --help`")
         print(error_line(wrong), file=sys.stderr)
         return wrong.exit_code
     except UserError as error:

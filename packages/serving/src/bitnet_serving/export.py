@@ -19,18 +19,17 @@ from bitnet_serving.architectures import (
     Architecture,
     ModelTraits,
     choose_architecture,
-    context_length,
-    model_metadata,
 )
 from bitnet_serving.checkpoint_source import CheckpointSource, open_source
-from bitnet_serving.file_tensors import FileTensors, NeedsScaleTensors, require_i2_s
+from bitnet_serving.file_tensors import FileTensors, ScaleLostError, require_i2_s
 from bitnet_serving.formats import DENSE_FORMATS, GGUF_FORMATS, TERNARY_FORMATS
 from bitnet_serving.gguf_values import MetaValue
 from bitnet_serving.gguf_writer import TensorToWrite, write_gguf
 from bitnet_serving.lora import AdapterReport, write_adapter
+from bitnet_serving.model_metadata import context_length, model_metadata
 from bitnet_serving.padding import ModelShape, Padding, plan_padding
 from bitnet_serving.tokenizer_metadata import TokenizerMetadata, read_tokenizer
-from durable import ExitCode, UserError
+from durable import UserError
 
 BODY_TYPES = ("tq2_0", "tq1_0", "q2_0", "i2_s", "f16", "bf16", "q8_0")
 TABLE_TYPES = ("f16", "bf16", "q8_0", "f32")
@@ -140,10 +139,10 @@ def export_gguf(
     adapter = None if lora is None else _write_adapter(lora, tensors, source, replace_existing)
     try:
         write_gguf(out, metadata, list(tensors.listed()), replace=replace_existing)
-    except NeedsScaleTensors:
+    except ScaleLostError:
         if adapter is not None:
             adapter.path.unlink()
-            raise _scales_and_adapter(f"{body}, which would round a scale by more than 2⁻¹¹") from None
+            raise _scales_and_adapter(f"--type {body}, which rounds a scale by more than 2⁻¹¹") from None
         tensors = replace(tensors, scale_tensors=True)
         write_gguf(out, metadata, list(tensors.listed()), replace=replace_existing)
     types, num_bytes = _parts(tensors.listed())

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bitnet_serving.architectures import PROJECTION_ROLES, Architecture, Place, places, rope_factors
+from bitnet_serving.architectures import PROJECTION_ROLES, Architecture, Place, places
 from bitnet_serving.checkpoint_source import CheckpointSource
 from bitnet_serving.encoding import encode_dense, encode_ternary, stored_scale
 from bitnet_serving.formats import GGUF_FORMATS, TERNARY_FORMATS
 from bitnet_serving.gguf_writer import TensorToWrite
+from bitnet_serving.model_metadata import rope_factors
 from bitnet_serving.padding import AXES, Padding
 from durable import ExitCode, UserError
 
@@ -29,7 +30,7 @@ LARGEST_SCALE_ERROR = 2.0**-11
 ROWS_AT_ONCE = 4096
 
 
-class NeedsScaleTensors(Exception):
+class ScaleLostError(Exception):
     """The blocks of a type would round a scale by more than `LARGEST_SCALE_ERROR`."""
 
 
@@ -84,6 +85,7 @@ class FileTensors:
     def _tensor(self, place: Place) -> TensorToWrite:
         form = self.format_of(place)
         produce: Callable[[], Tensor]
+        shape: tuple[int, ...]
         if place.role in ("token_embd", "output"):
             shape = (self.vocab_size, self.padding.padded.hidden)
             produce = lambda: self._table(place, form)  # noqa: E731
@@ -114,7 +116,7 @@ class FileTensors:
             return encode_codes(form, codes, 1.0)
         error = abs(kept_scale(form, scale) / scale - 1)
         if error > LARGEST_SCALE_ERROR:
-            raise NeedsScaleTensors(place.gguf_name)
+            raise ScaleLostError(place.gguf_name)
         self.largest_scale_error = max(self.largest_scale_error, error)
         return encode_codes(form, codes, scale)
 
@@ -155,8 +157,9 @@ class FileTensors:
         """transformers rotates channel i with i + head_dim/2, `llama` 2i with 2i + 1."""
         if not self.architecture.permutes or place.role not in ("attn_q", "attn_k"):
             return values
-        heads = values.unflatten(0, (-1, 2, self.source.walked.head_dim // 2))
-        return heads.transpose(1, 2).flatten(0, 2)
+        halves = values.unflatten(0, (-1, 2, self.source.walked.head_dim // 2))
+        pairs: Tensor = halves.transpose(1, 2).flatten(0, 2)
+        return pairs
 
 
 def kept_scale(form: str, scale: float) -> float:

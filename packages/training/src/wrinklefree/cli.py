@@ -323,6 +323,17 @@ def data(context: typer.Context) -> None:
     data_app(context.args or ["--help"], prog_name="wrinklefree data", standalone_mode=False)
 
 
+@app.command(
+    add_help_option=False,  # the commands behind it have their own
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def export(context: typer.Context) -> None:
+    """Write a checkpoint for an engine: gguf."""
+    from bitnet_serving.cli import export_app
+
+    export_app(context.args or ["--help"], prog_name="wrinklefree export", standalone_mode=False)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
