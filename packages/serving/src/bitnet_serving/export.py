@@ -142,10 +142,10 @@ def export_gguf(
     except ScaleLostError:
         if adapter is not None:
             adapter.path.unlink()
-            raise _scales_and_adapter(f"--type {body}, which rounds a scale by more than 2⁻¹¹") from None
+            raise _scales_and_adapter(f"{body}, which would round a scale by more than 2⁻¹¹") from None
         tensors = replace(tensors, scale_tensors=True)
         write_gguf(out, metadata, list(tensors.listed()), replace=replace_existing)
-    types, num_bytes = _parts(tensors.listed())
+    types, num_bytes = _parts(tensors.listed(), body)
     return ExportReport(
         path=Path(out),
         architecture=architecture.name,
@@ -233,9 +233,7 @@ def _refuse_sparse(source: CheckpointSource, *, allowed: bool) -> None:
             )
 
 
-def _check_lrc(
-    source: CheckpointSource, body: str, *, merge: bool, adapter: bool, in_blocks: bool
-) -> None:
+def _check_lrc(source: CheckpointSource, body: str, *, merge: bool, adapter: bool, in_blocks: bool) -> None:
     if merge and adapter:
         raise UserError("--lora, --merge-lrc: a correction is added once", "both", "give one of them")
     if merge and body in TERNARY_FORMATS:
@@ -249,8 +247,9 @@ def _check_lrc(
             found=f"{len(source.record.lrc)} of them",
             fix="write an adapter for them: --lora OUT-lora.gguf, or merge them: --merge-lrc --type f16",
         )
-    if adapter and not source.record.lrc:
-        raise UserError(f"--lora: {source.directory} has no low-rank corrections", fix="leave it out")
+    if (adapter or merge) and not source.record.lrc:
+        option = "--lora" if adapter else "--merge-lrc"
+        raise UserError(f"{option}: {source.directory} has no low-rank corrections", fix="leave it out")
     if adapter and (body == "bf16" or not in_blocks):
         raise _scales_and_adapter("--type bf16" if body == "bf16" else "--scales tensors")
     if adapter and body == "i2_s":
@@ -306,7 +305,7 @@ def _metadata(
     return metadata | text.metadata
 
 
-def _parts(tensors: Iterable[TensorToWrite]) -> tuple[dict[str, str], dict[str, int]]:
+def _parts(tensors: Iterable[TensorToWrite], body: str) -> tuple[dict[str, str], dict[str, int]]:
     types: dict[str, str] = {}
     num_bytes: dict[str, int] = {}
     for tensor in tensors:
@@ -315,7 +314,7 @@ def _parts(tensors: Iterable[TensorToWrite]) -> tuple[dict[str, str], dict[str, 
         elif tensor.name == "output.weight":
             part = "head"
         elif len(tensor.shape) == 2:
-            part = "projections" if tensor.format != "f16" else "projections, f16"
+            part = "projections" if tensor.format == body else "dense projections"
         else:
             part = "norms and others"
         types[part] = tensor.format
@@ -328,6 +327,10 @@ def _notes(
 ) -> Iterable[str]:
     if prefer == "size" and tensors.body in DECODE_COST:
         yield f"{tensors.body} is the smallest lossless type here; it {DECODE_COST[tensors.body]}"
+    num_dense = len(source.walked.projections) - len(source.record.ternary)
+    if num_dense:
+        form = tensors.dense_body if tensors.body in TERNARY_FORMATS else tensors.body
+        yield f"{num_dense} projections are not ternary in the checkpoint, and {form} here"
     if tensors.without is not None:
         yield f"[MASK] (token {tensors.without}) is left out; --keep-mask keeps it"
     elif source.record.diffusion is not None:

@@ -107,6 +107,10 @@ class FileTensors:
         """It is ternary in the file too, and not merged with its correction."""
         return self._is_ternary(place) and not (self.merge_lrc and place.module in self.source.record.lrc)
 
+    def _has_codes(self, place: Place) -> bool:
+        """Ternary, and not merged with a correction."""
+        return self._is_ternary(place) and not (self.merge_lrc and place.module in self.source.record.lrc)
+
     def _ternary(self, place: Place, form: str) -> Tensor:
         codes, tensor_scale = self.source.ternary(place.module)
         codes = self.padding.widen(place.role, self.in_order(place, codes))
@@ -136,10 +140,8 @@ class FileTensors:
     def _merged(self, module: str) -> Tensor:
         """A ternary weight and its low-rank correction as one matrix."""
         values = self.source.ternary(module).value()
-        if module in self.source.record.lrc:
-            up, down = (self.source.dense(f"{module}.lrc_{name}").float() for name in "UV")
-            values.addmm_(up, down.t())
-        return values
+        up, down = (self.source.dense(f"{module}.lrc_{name}").float() for name in "UV")
+        return values.addmm_(up, down.t())
 
     def _table(self, place: Place, form: str) -> Tensor:
         """Embedding or head, a few thousand rows at a time."""
