@@ -75,6 +75,9 @@ def export_gguf(
         Path | None, typer.Option(metavar="DIR", help="Another tokenizer than the checkpoint's.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.gguf if it is there.")] = False,
+    proven: Annotated[
+        bool, typer.Option("--verify", help="Read it back and run it in an engine, as `verify` does.")
+    ] = False,
 ) -> None:
     """A GGUF file for llama.cpp, or (i2_s, ReLU²) for Microsoft's engine.
 
@@ -99,6 +102,12 @@ def export_gguf(
         replace_existing=force,
     )
     typer.echo(str(report))
+    if proven:
+        from bitnet_serving.verify import verify_gguf
+
+        verification = verify_gguf(out, checkpoint, lora=lora)
+        typer.echo(f"\n{verification}")
+        raise typer.Exit(verification.exit_code)
 
 
 @app.command()
