@@ -102,6 +102,54 @@ def export_gguf(
 
 
 @app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to prove.")],
+    checkpoint: Annotated[
+        Path, typer.Option(metavar="DIR", help="The checkpoint, or the run, that it was exported from.")
+    ],
+    lora: Annotated[
+        Path | None, typer.Option(metavar="OUT-lora.gguf", help="The adapter with its low-rank corrections.")
+    ] = None,
+    positions: Annotated[int, typer.Option(help="Predictions to compare.")] = 256,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to predict, in place of a page of English.")
+    ] = None,
+    require_engine: Annotated[
+        bool, typer.Option("--require-engine", help="Fail where no engine here runs the type.")
+    ] = False,
+    threads: Annotated[int, typer.Option(help="Of the engine.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Prove that a file says what a checkpoint says, and that an engine computes with it what PyTorch does.
+
+    Exit code 0 when both hold, 4 when not.
+    """
+    from bitnet_serving.verify import verify_gguf
+
+    verification = verify_gguf(
+        path,
+        checkpoint,
+        require_engine=require_engine,
+        positions=positions,
+        lora=lora,
+        text=None if text is None else read_text(text),
+        threads=threads,
+    )
+    typer.echo(verification.to_json() if as_json else str(verification))
+    raise typer.Exit(verification.exit_code)
+
+
+def read_text(path: Path) -> str:
+    """A file of text; UserError when it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as text", type(error).__name__, "name a file of UTF-8 text"
+        ) from None
+
+
+@app.command()
 def sizes(
     checkpoint_dir: Annotated[Path, typer.Argument(help="The directory of a checkpoint.")],
 ) -> None:

@@ -51,9 +51,9 @@ class FileTensors:
     """A row of embedding and head to leave out."""
     scale_tensors: bool
     merge_lrc: bool
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict, init=False)
     """Module → its scale, once its weight was made."""
-    largest_scale_error: float = 0.0
+    largest_scale_error: float = field(default=0.0, init=False)
 
     def listed(self) -> Iterator[TensorToWrite]:
         """In the order of the file."""
