@@ -50,11 +50,12 @@ class FloatActivations(nn.Module):
         return y + self.layer.correction(x) if isinstance(self.layer, BitLinearLRC) else y
 
 
-def load_reference(checkpoint: Path) -> PreTrainedModel:
+def load_reference(checkpoint: Path, *, keep_sparsity: bool = False) -> PreTrainedModel:
     """The model at λ = μ = 1 in fp32, which changes no code and no scale."""
     model = load_bitnet(checkpoint)
     model.float()
-    set_sparsity(model, None)
+    if not keep_sparsity:
+        set_sparsity(model, None)
     set_subln_amount(model, 1.0)
     for layer in bitlinears(model):
         layer.quant_amount = layer.activation_amount = 1.0
@@ -65,10 +66,10 @@ def reference_log_probs(
     model: PreTrainedModel, sequences: Iterable[Sequence[int]], *, num_tokens: int
 ) -> Reference:
     """At every position of every sequence, over the first `num_tokens` of the vocabulary."""
-    rows_1P = [torch.tensor([list(sequence)]) for sequence in sequences]
-    int8_PV = _log_probs(model, rows_1P, num_tokens)
+    sequences = list(sequences)
+    int8_PV = log_probs(model, sequences, num_tokens=num_tokens)
     with float_activations(model):
-        return Reference(int8=int8_PV, float=_log_probs(model, rows_1P, num_tokens))
+        return Reference(int8=int8_PV, float=log_probs(model, sequences, num_tokens=num_tokens))
 
 
 def float_activations(model: nn.Module) -> AbstractContextManager[object]:
@@ -82,6 +83,8 @@ def float_activations(model: nn.Module) -> AbstractContextManager[object]:
 
 
 @torch.no_grad()
-def _log_probs(model: PreTrainedModel, rows_1P: Sequence[Tensor], num_tokens: int) -> Tensor:
+def log_probs(model: PreTrainedModel, sequences: Iterable[Sequence[int]], *, num_tokens: int) -> Tensor:
+    """Of the next token, [P, V], as the model is set."""
+    rows_1P = [torch.tensor([list(sequence)]) for sequence in sequences]
     logits = [model(input_ids=row_1P, use_cache=False).logits[0, :, :num_tokens] for row_1P in rows_1P]
     return torch.cat(logits).double().log_softmax(-1)
