@@ -66,20 +66,20 @@ def test_formats_weigh_what_their_blocks_weigh(tmp_path: Path) -> None:
     # 262,144 weights are 1,024 blocks of 256, 4,096 of 64, 2,048 of 128; two tensors.
     assert weights == {
         "packed": rest + 65_536 + 2 * 4,
-        "TQ2_0": rest + 1_024 * 66,
-        "TQ1_0": rest + 1_024 * 54,
-        "Q2_0": rest + 4_096 * 18,
-        "I2_S": rest + 2_048 * 32 + 2 * 32,
+        "tq2_0": rest + 1_024 * 66,
+        "tq1_0": rest + 1_024 * 54,
+        "q2_0": rest + 4_096 * 18,
+        "i2_s": rest + 2_048 * 32 + 2 * 32,
     }
 
 
 @pytest.mark.parametrize(
     ("width", "fitting"),
     [
-        (576, {"packed", "Q2_0"}),
-        (960, {"packed", "Q2_0"}),
-        (896, {"packed", "Q2_0", "I2_S"}),
-        (2048, {"packed", "Q2_0", "I2_S", "TQ1_0", "TQ2_0"}),
+        (576, {"packed", "q2_0"}),
+        (960, {"packed", "q2_0"}),
+        (896, {"packed", "q2_0", "i2_s"}),
+        (2048, {"packed", "q2_0", "i2_s", "tq1_0", "tq2_0"}),
         (96, {"packed"}),
     ],
 )
@@ -139,7 +139,7 @@ def test_the_command_prints_sizes_and_ends_with_two_on_bad_input(tmp_path: Path)
     )
 
     assert good.returncode == 0
-    assert "TQ2_0" in good.stdout
+    assert "tq2_0" in good.stdout
     assert (missing.returncode, unknown.returncode) == (2, 2)
     assert missing.stderr.startswith("error: ")
     assert missing.stderr.count("\n") == unknown.stderr.count("\n") == 1

@@ -1,14 +1,6 @@
 """What a ternary checkpoint weighs: by part as it is stored, and in each format that an engine reads.
 
-From the headers alone: no tensor is loaded. A format holds blocks of consecutive weights of a row, so it fits
-a projection only when the row's width is a multiple of its block:
-
-    format   block   bytes per block     bits per weight
-    packed   4 rows  1 (scale apart)     2        transformers' own
-    TQ2_0    256     66                  2.0625   llama.cpp
-    TQ1_0    256     54                  1.6875   llama.cpp
-    Q2_0     64      18                  2.25     llama.cpp
-    I2_S     128     32 (+ 32 a tensor)  2        Microsoft's engine
+From the headers alone: no tensor is loaded. What the formats are and which widths they hold: `formats`.
 
 Shapes: a projection has N rows of K columns.
 """
@@ -18,40 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bitnet_serving.formats import PACKED, TERNARY_FORMATS, BlockFormat
 from bitnet_serving.safetensors_header import StoredTensor, read_checkpoint_header
 from durable import ExitCode, UserError
 
 DENSE_BYTES = 2
 """Bytes per parameter of the dense model to compare with, and of everything that stays dense: bf16."""
 PARTS = ("projections", "dense projections", "scales", "embeddings", "head", "norms", "biases", "other")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockFormat:
-    """A way to store ternary weights in an engine's file."""
-
-    name: str
-    block_columns: int
-    block_bytes: int
-    block_rows: int = 1
-    tensor_bytes: int = 0
-
-    def holds(self, rows: int, columns: int) -> bool:
-        return columns % self.block_columns == 0 and rows % self.block_rows == 0
-
-    def num_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a projection that it holds."""
-        assert self.holds(rows, columns)
-        return rows * columns // (self.block_columns * self.block_rows) * self.block_bytes + self.tensor_bytes
-
-
-FORMATS = (
-    BlockFormat(name="packed", block_columns=1, block_rows=4, block_bytes=1, tensor_bytes=4),
-    BlockFormat(name="TQ2_0", block_columns=256, block_bytes=66),
-    BlockFormat(name="TQ1_0", block_columns=256, block_bytes=54),
-    BlockFormat(name="Q2_0", block_columns=64, block_bytes=18),
-    BlockFormat(name="I2_S", block_columns=128, block_bytes=32, tensor_bytes=32),
-)
+FORMATS = (PACKED, *TERNARY_FORMATS.values())
+"""What projections are weighed in."""
 
 
 @dataclass(slots=True)
