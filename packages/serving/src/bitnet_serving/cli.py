@@ -46,7 +46,8 @@ def export_gguf(
         typer.Option("--type", help="Of the projections: tq2_0, tq1_0, q2_0, i2_s, f16, bf16 or q8_0."),
     ] = None,
     embeddings: Annotated[
-        str | None, typer.Option(help="f16, bf16, q8_0 or f32; else q8_0, or f16 and bf16 with a body of it.")
+        str | None,
+        typer.Option(help="f16, bf16, q8_0 or f32; else f16, or the body's own where it is one of them."),
     ] = None,
     head: Annotated[str | None, typer.Option(help="Of a head of its own; else that of --embeddings.")] = None,
     prefer: Annotated[

@@ -170,8 +170,11 @@ def export_gguf(
 def table_types(
     source: CheckpointSource, body: str, embeddings: str | None, head: str | None
 ) -> tuple[str, str]:
-    """The types of embedding and head; q8_0 beside ternary weights, the body's own beside others."""
-    chosen = embeddings or (body if body in DENSE_FORMATS else "q8_0")
+    """The types of embedding and head; f16 beside ternary weights, the body's own beside others.
+
+    q8_0 would halve them, and add more noise than the rounding of activations does to some models.
+    """
+    chosen = embeddings or (body if body in DENSE_FORMATS else "f16")
     if source.walked.is_tied and head not in (None, chosen):
         raise UserError(
             "--head: this model's head is its embedding",
