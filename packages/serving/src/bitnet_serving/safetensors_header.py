@@ -1,4 +1,4 @@
-"""Read what a safetensors file says about its tensors, and nothing else: names, dtypes, shapes, sizes.
+"""Read what a safetensors file says about its tensors, and nothing else: names, dtypes, shapes, places.
 
     8 bytes: header length N, little-endian │ N bytes of JSON │ the data
 
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitnet_serving.json_objects import read_json_object
 from durable import ExitCode, UserError
 
-MOST_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+MOST_HEADER_BYTES = 8_000_000
+"""The format allows 100 MB, which as objects may take 2 GB; a file of 50,000 tensors needs 7 MB."""
+MOST_DIMENSIONS = 64
 BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -34,7 +36,8 @@ BITS = {
     "U64": 64,
     "F64": 64,
 }
-MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+MODEL_FILE = re.compile(r"model(-(?P<number>\d{1,9})-of-(?P<count>\d{1,9}))?\.safetensors")
+INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,10 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    path: Path
+    """The file that it is in."""
+    offset: int
+    """Of its data, from the beginning of the file."""
 
     @property
     def num_values(self) -> int:
@@ -63,46 +70,96 @@ def read_checkpoint_header(checkpoint_dir: Path) -> list[StoredTensor]:
             or "an empty directory",
             fix="name a checkpoint directory",
         )
-    tensors = {tensor.name: tensor for path in files for tensor in read_header(path)}
+    _require_every_shard(checkpoint_dir, files)
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        for tensor in read_header(path):
+            if tensor.name in tensors:
+                raise _damaged(path, f"{tensor.name}, which {tensors[tensor.name].path.name} has too")
+            tensors[tensor.name] = tensor
+    _require_what_the_index_says(checkpoint_dir / INDEX_NAME, tensors)
     return [tensors[name] for name in sorted(tensors)]
 
 
 def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one file. Raises when header and file do not fit together."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", fix="copy it again", exit_code=ExitCode.BAD_DATA)
     file_size = path.stat().st_size
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         if file_size < 8 or not 2 <= header_size <= min(MOST_HEADER_BYTES, file_size - 8):
-            raise _damaged(path, f"a header of {header_size} bytes in a file of {file_size}")
+            raise _damaged(path, f"a header of {header_size:,} bytes in a file of {file_size:,}")
         header = file.read(header_size)
     try:
-        entries: dict[str, Any] = _object(json.loads(header))
+        entries = json.loads(header, object_pairs_hook=_object)
+        if not isinstance(entries, dict):
+            raise TypeError
         entries.pop("__metadata__", None)
-        tensors = [_stored_tensor(name, entry) for name, entry in entries.items()]
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        tensors = [_stored_tensor(path, 8 + header_size, name, entry) for name, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, f"{type(error).__name__} in the header") from None
-    if 8 + header_size + end != file_size:
-        raise _damaged(path, f"{file_size} bytes where the header needs {8 + header_size + end}")
+    end = 8 + header_size
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != end:
+            raise _damaged(path, f"{tensor.name} at byte {tensor.offset:,} where {end:,} is next")
+        end += tensor.num_bytes
+    if end != file_size:
+        raise _damaged(path, f"{file_size:,} bytes where the header needs {end:,}")
     return tensors
 
 
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{type(value).__name__} where an object belongs")
-    return value
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name twice")
+    return content
 
 
-def _stored_tensor(name: str, entry: dict[str, Any]) -> StoredTensor:
-    shape = tuple(int(size) for size in entry["shape"])
-    start, end = entry["data_offsets"]
-    tensor = StoredTensor(name, str(entry["dtype"]), shape, int(end) - int(start))
-    if (
-        min((start, end - start, *shape)) < 0
-        or tensor.num_values * BITS[tensor.dtype] != tensor.num_bytes * 8
-    ):
-        raise ValueError(f"{name} has {tensor.num_bytes} bytes for {tensor.dtype} {shape}")
+def _stored_tensor(path: Path, data_begin: int, name: str, entry: dict[str, Any]) -> StoredTensor:
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if len(shape) > MOST_DIMENSIONS or any(type(number) is not int for number in (*shape, start, end)):
+        raise TypeError(name)
+    tensor = StoredTensor(name, dtype, tuple(shape), end - start, path, data_begin + start)
+    # The sizes are compared first: the product of a hostile shape may have millions of digits.
+    if not 0 <= start <= end < 2**63 or not all(0 <= size < 2**63 for size in shape):
+        raise ValueError(name)
+    if tensor.num_values * BITS[dtype] != tensor.num_bytes * 8:
+        raise ValueError(name)
     return tensor
+
+
+def _require_every_shard(checkpoint_dir: Path, files: list[Path]) -> None:
+    """The names of shards say how many there are."""
+    matches = [match for path in files if (match := MODEL_FILE.fullmatch(path.name)) and match["count"]]
+    counts = {int(match["count"]) for match in matches}
+    if not counts:
+        return
+    if len(counts) > 1 or len(matches) != len(files):
+        raise _damaged(checkpoint_dir, f"files of several models: {files[0].name}, {files[-1].name}")
+    numbers = sorted(int(match["number"]) for match in matches)
+    missing = next((n for n, found in enumerate(numbers, start=1) if n != found), len(numbers) + 1)
+    if len(numbers) != counts.pop() or missing <= len(numbers):
+        width, count = len(matches[0]["number"]), matches[0]["count"]
+        path = checkpoint_dir / f"model-{missing:0{width}d}-of-{count}.safetensors"
+        raise UserError(
+            f"{path}: this shard is missing", fix="copy the directory again", exit_code=ExitCode.BAD_DATA
+        )
+
+
+def _require_what_the_index_says(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """An index is not needed to find tensors; one that says something else is of another model."""
+    if not path.is_file():
+        return
+    try:
+        places = read_json_object(path)["weight_map"]
+        said = {name: places[name] for name in sorted(places)}
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, f"{type(error).__name__} in the index") from None
+    for name in sorted(said.keys() | tensors.keys()):
+        found = tensors[name].path.name if name in tensors else "no file"
+        if said.get(name) != found:
+            raise _damaged(path, f"{name} in {said.get(name)!r}, where {found} has it")
 
 
 def _damaged(path: Path, found: str) -> UserError:

@@ -5,12 +5,12 @@ From the headers alone: no tensor is loaded. What the formats are and which widt
 Shapes: a projection has N rows of K columns.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bitnet_serving.formats import PACKED, TERNARY_FORMATS, BlockFormat
+from bitnet_serving.json_objects import read_json_object
 from bitnet_serving.safetensors_header import StoredTensor, read_checkpoint_header
 from durable import ExitCode, UserError
 
@@ -148,12 +148,15 @@ def _ternary_modules(checkpoint_dir: Path) -> frozenset[str] | None:
     path = checkpoint_dir / "bitnet.json"
     if not path.exists():
         return None
-    try:
-        return frozenset(json.loads(path.read_text())["ternary"])
-    except (ValueError, KeyError, TypeError) as error:
+    modules = read_json_object(path).get("ternary")
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
         raise UserError(
-            f"{path}: cannot be read", found=type(error).__name__, exit_code=ExitCode.BAD_DATA
-        ) from None
+            f"{path}: cannot be read",
+            found="no list of ternary modules",
+            fix="copy or save it again",
+            exit_code=ExitCode.BAD_DATA,
+        )
+    return frozenset(modules)
 
 
 def _kilobytes(num_bytes: int) -> str:

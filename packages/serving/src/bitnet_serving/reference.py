@@ -1,0 +1,90 @@
+"""What a checkpoint's model expects next, computed by PyTorch: what an engine's answers are held against.
+
+Twice, because engines round activations in their own way, if at all:
+
+    int8     the model as it was trained: ternary weights, int8 activations per token
+    float    the same ternary weights, activations as they come
+
+Both at λ = μ = 1, in fp32, without activation sparsity, which no engine has. The Kullback-Leibler divergence
+between the two is the noise of the model's own rounding. int8 rounding makes a network chaotic: a change of
+one part in 2000 draws all of that noise anew, so of two correct programs neither is nearer than that.
+
+Shapes: P positions, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitnet_arch import load_bitnet, set_sparsity, set_subln_amount
+from bitnet_arch.bitlinear import BitLinear, bitlinears
+from bitnet_arch.lrc import BitLinearLRC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """Log-probabilities of the next token, float64."""
+
+    int8: Tensor
+    """[P, V]"""
+    float: Tensor
+    """[P, V]"""
+
+
+class FloatActivations(nn.Module):
+    """A ternary layer that takes its input as it comes."""
+
+    def __init__(self, layer: BitLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer.normalized(x)
+        y = F.linear(x, self.layer.effective_weight(), self.layer.bias)
+        return y + self.layer.correction(x) if isinstance(self.layer, BitLinearLRC) else y
+
+
+def load_reference(checkpoint: Path, *, keep_sparsity: bool = False) -> PreTrainedModel:
+    """The model at λ = μ = 1 in fp32, which changes no code and no scale."""
+    model = load_bitnet(checkpoint)
+    model.float()
+    if not keep_sparsity:
+        set_sparsity(model, None)
+    set_subln_amount(model, 1.0)
+    for layer in bitlinears(model):
+        layer.quant_amount = layer.activation_amount = 1.0
+    return model
+
+
+def reference_log_probs(
+    model: PreTrainedModel, sequences: Iterable[Sequence[int]], *, num_tokens: int
+) -> Reference:
+    """At every position of every sequence, over the first `num_tokens` of the vocabulary."""
+    sequences = list(sequences)
+    int8_PV = log_probs(model, sequences, num_tokens=num_tokens)
+    with float_activations(model):
+        return Reference(int8=int8_PV, float=log_probs(model, sequences, num_tokens=num_tokens))
+
+
+def float_activations(model: nn.Module) -> AbstractContextManager[object]:
+    """Within, ternary layers do not quantise their inputs."""
+    restore = ExitStack()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BitLinear)}
+    for name, layer in layers.items():
+        model.set_submodule(name, FloatActivations(layer))
+        restore.callback(model.set_submodule, name, layer)
+    return restore
+
+
+@torch.no_grad()
+def log_probs(model: PreTrainedModel, sequences: Iterable[Sequence[int]], *, num_tokens: int) -> Tensor:
+    """Of the next token, [P, V], as the model is set."""
+    rows_1P = [torch.tensor([list(sequence)]) for sequence in sequences]
+    logits = [model(input_ids=row_1P, use_cache=False).logits[0, :, :num_tokens] for row_1P in rows_1P]
+    return torch.cat(logits).double().log_softmax(-1)
