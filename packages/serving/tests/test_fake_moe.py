@@ -1,6 +1,7 @@
 """Experts that are all the same leave a model what it was, in the engine and in the bytes of the file."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bitnet_serving.engine import Engine
 from bitnet_serving.export import export_gguf
 from bitnet_serving.fake_moe import convert_dense_to_fake_moe_gguf
 from bitnet_serving.gguf_reader import GGUFFile, read_gguf
+from bitnet_serving.gguf_writer import TensorToWrite, write_gguf
 from bitnet_serving.testing import VOCAB_SIZE, save_tiny
 from durable import UserError
 
@@ -76,7 +78,6 @@ def test_the_engine_predicts_what_it_predicts_of_the_dense_file(
     convert_dense_to_fake_moe_gguf(tmp_path / "dense.gguf", tmp_path / "moe.gguf", num_experts, top_k)
 
     kl = divergence(engine_log_probs(tmp_path / "dense.gguf"), engine_log_probs(tmp_path / "moe.gguf"))
-    print(export, kl)
     assert kl <= 1e-6
 
 
@@ -115,7 +116,6 @@ def test_tokens_spread_over_the_experts(tmp_path: Path, checkpoint: Path, dense:
         chosen = (x @ router(file, layer).t()).topk(2, dim=-1).indices
         counts = Counter(chosen.flatten().tolist())
         even = chosen.numel() / 8
-        print(layer, {k: v / even for k, v in counts.items()})
         assert len(counts) == 8
         assert max(counts.values()) <= 2 * even
 
@@ -158,3 +158,31 @@ def test_only_dense_llama_files_are_taken(tmp_path: Path, dense: Path) -> None:
     with pytest.raises(UserError, match="architecture bitnet"):
         convert_dense_to_fake_moe_gguf(normed, tmp_path / "normed.gguf")
     assert not list(tmp_path.glob("*normed.gguf*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"llama.feed_forward_length": 177}, r"blk\.0\.ffn_gate\.weight of shape"),
+        ({"llama.block_count": NUM_LAYERS + 1}, r"no blk\.3\.attn_norm\.weight"),
+        ({"llama.attention.head_count_kv": 3}, "4 heads in 3 groups"),
+        ({"llama.embedding_length": "wide"}, "embedding_length = wide"),
+    ],
+)
+def test_a_file_whose_keys_and_tensors_disagree_is_refused(
+    tmp_path: Path, dense: Path, changed: dict[str, Any], complaint: str
+) -> None:
+    file = read_gguf(dense)
+    tensors = [
+        TensorToWrite(
+            name=tensor.name,
+            format=tensor.block_format.name,
+            shape=tensor.shape,
+            produce=partial(file.data, tensor.name),
+        )
+        for tensor in file.tensors.values()
+    ]
+    write_gguf(tmp_path / "odd.gguf", dict(file.metadata) | changed, tensors)
+
+    with pytest.raises(UserError, match=complaint):
+        convert_dense_to_fake_moe_gguf(tmp_path / "odd.gguf", tmp_path / "moe.gguf")
