@@ -121,7 +121,14 @@ def test_gguf(tmp_path: Path, num_cases: int) -> None:
         TensorToWrite(name=name, format="q8_0", shape=(3, 32), produce=lambda: encode_dense("q8_0", values))
         for name in ("token_embd.weight", "blk.0.attn_q.weight")
     ]
-    metadata: dict[str, MetaValue] = {"general.architecture": "bitnet", "n": 3, "e": 0.5, "yes": True, "l": ["a", "é"], "i": [1, 2]}
+    metadata: dict[str, MetaValue] = {
+        "general.architecture": "bitnet",
+        "n": 3,
+        "e": 0.5,
+        "yes": True,
+        "l": ["a", "é"],
+        "i": [1, 2],
+    }
     write_gguf(path, metadata, tensors)
 
     def read() -> None:
