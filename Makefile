@@ -1,6 +1,6 @@
 # Shortcuts for the commands of README.md and CLAUDE.md; `.ci/run` is what has to pass.
 .DEFAULT_GOAL := help
-.PHONY: help sync test slow lint types lock lock-check bench demo ci chaos
+.PHONY: help sync test slow lint types lock lock-check bench demo ci chaos fuzz
 
 help: ## Show what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,3 +38,6 @@ ci: ## Everything that has to pass.
 
 chaos: ## Kill training 210 times and compare every bit (half an hour).
 	uv run pytest tests/test_chaos.py -m slow --kills 70 -s
+
+fuzz: ## Read 10,000 damaged files of each kind that serving reads (ten minutes).
+	uv run pytest packages/serving/tests/test_fuzz.py -m slow

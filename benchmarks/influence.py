@@ -1,6 +1,6 @@
 """Does influence tell the truth? Scores against retraining, and moving weights against a static mixture.
 
-    uv run python benchmarks/influence.py                     all four questions, a few minutes on one core
+    uv run python benchmarks/influence.py                     all questions, a few minutes on one core
     uv run python benchmarks/influence.py --only steps --seeds 3
 
     steps     (a) one descent step on each example: does its score rank what happens to the probe's loss?
@@ -8,17 +8,27 @@
     planted   (c) useful, neutral, garbage and contrary sources: what does mixing each in cost the probe,
                   where do the weights go, and does the probe gain?
     control   (d) four times the same source: do the weights stay?
+    cost      what a training step takes with influence on, between updates, over one without (CPU time):
+                  `experiment=chaos`, where everything else is on, too
 
 Models and sources are those of `data_handler.influence.truth`; numbers are over seeds, with a 95 % bootstrap
 interval. The ternary and projected scores of (a) are reported only: a step function hides small steps.
 """
 
 import argparse
+import contextlib
+import functools
+import io
 import json
 import random
 import statistics
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
 
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -40,6 +50,9 @@ from data_handler.influence.truth import (
     step_truth,
     train,
 )
+from wrinklefree.config import load_config
+from wrinklefree.lightning.trainer import lightning_trainer
+from wrinklefree.run import run
 
 RATE = 1e-3
 TERNARY_RATE = 1e-1
@@ -143,6 +156,56 @@ def control(seed: int) -> dict[str, float]:
     }
 
 
+class Clock(pl.Callback):
+    """CPU seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._mark = time.process_time()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        now = time.process_time()
+        self.seconds.append(now - self._mark)
+        self._mark = time.process_time()
+
+
+def cost(seed: int) -> dict[str, float]:
+    """Steps of two runs, one of which follows influence, but comes to no update."""
+    seconds = {}
+    for influence in ("true", "false") if seed % 2 else ("false", "true"):
+        clock = Clock()
+
+        def timed(config: Any, callbacks: list[pl.Callback], ranks: Any, clock: Clock, **named: Any) -> Any:
+            return lightning_trainer(config, [*callbacks, clock], ranks, **named)
+
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            mock.patch("wrinklefree.run.lightning_trainer", functools.partial(timed, clock=clock)),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            run(
+                load_config(
+                    [
+                        "experiment=chaos",
+                        f"output_dir={directory}",
+                        f"training.influence.enabled={influence}",
+                        "training.influence.update_interval=1000",
+                        "training.balance.interval=1000",
+                        "training.validation.num_batches=0",
+                        "training.checkpoint.save_interval=1000",
+                    ]
+                )
+            )
+        seconds[influence] = clock.seconds
+    ratios = [a / b for a, b in zip(seconds["true"][1:], seconds["false"][1:], strict=True)]
+    return {
+        "a step with influence / without": statistics.median(ratios),
+        "milliseconds without": 1e3 * statistics.median(seconds["false"][1:]),
+    }
+
+
 def main() -> None:
     """Print every question's numbers."""
     parser = argparse.ArgumentParser(
@@ -156,6 +219,7 @@ def main() -> None:
         "sources": sources,
         "planted": planted,
         "control": control,
+        "cost": cost,
     }
     parser.add_argument("--only", choices=questions, action="append", help="one question; may be repeated")
     parser.add_argument("--seeds", type=int, default=5)

@@ -1,18 +1,15 @@
 """Kill training again and again, and compare what it did with a run that nobody killed.
 
-Runs are forked from a server that has imported everything, so a life costs a second and not ten. A run is
-compared by its metrics (loss, samples, mixture weights of every step, as last written) and by the bytes of
-its final weights.
+A run is compared by its metrics (loss, samples, mixture weights of every step, as last written) and by the
+bytes of its final weights.
 """
 
 import hashlib
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,29 +17,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from forked import start_training
+
 from wrinklefree.runs import read_metrics
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["wrinklefree.run", "wrinklefree.commands.train", "transformers.models.llama"]
-)
 LIFE_SECONDS = 120.0
-
-
-def _train(overrides: list[str], log: Path) -> None:
-    """The child: `wrinklefree train`, with its output in a file."""
-    os.setsid()
-    with log.open("ab", buffering=0) as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    import torch
-
-    from wrinklefree.cli import main
-
-    torch.set_num_threads(1)
-    main(["train", *overrides])
 
 
 @dataclass
@@ -67,9 +46,7 @@ class Training:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.lives += 1
         arguments = [*self.overrides, f"output_dir={self.output_dir}"]
-        process = _CONTEXT.Process(target=_train, args=(arguments, self.log))
-        process.start()
-        return process
+        return start_training(arguments, self.log)
 
     def finish(self) -> int:
         """Run to the end; the exit code."""

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from forked import start_training
 
 from wrinklefree.runs import read_metrics
 
@@ -28,6 +30,7 @@ COMMON = [
     "training.logging.log_interval=1",
     "training.checkpoint.save_interval=2",
 ]
+TWO_RANKS = ["distributed=ddp", "distributed.timeout_seconds=25"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,17 +41,42 @@ def _shared_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def start(output_dir: Path, num_ranks: int, *overrides: str) -> subprocess.Popen[str]:
-    """`wrinklefree train`, alone or under torchrun."""
-    command = [sys.executable, "-m"]
-    if num_ranks > 1:
-        command += ["torch.distributed.run", "--nproc-per-node", str(num_ranks), "--max-restarts", "0", "-m"]
-    command += ["wrinklefree", "train", *COMMON, f"output_dir={output_dir}", *overrides]
-    if num_ranks > 1:
-        command += ["distributed=ddp", "distributed.timeout_seconds=25"]
+def start_torchrun(output_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    """`wrinklefree train` on two ranks as a person starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0"]
+    command += ["-m", "wrinklefree", "train", *COMMON, f"output_dir={output_dir}", *TWO_RANKS, *overrides]
     output_dir.mkdir(parents=True, exist_ok=True)
     log = (output_dir / "log.txt").open("a")
     return subprocess.Popen(command, stdout=log, stderr=log, text=True, start_new_session=True)
+
+
+def start_ranks(output_dir: Path, num_ranks: int, *overrides: str) -> list[BaseProcess]:
+    """Ranks without torchrun, whose own exit codes are seen."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    common = [*COMMON, f"output_dir={output_dir}"]
+    if num_ranks == 1:
+        return [start_training([*common, *overrides], output_dir / "log.txt")]
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in range(num_ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        world = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        log = output_dir / f"log-{rank}.txt"
+        ranks.append(start_training([*common, *TWO_RANKS, *overrides], log, address | place | world))
+    return ranks
+
+
+def exit_code(process: BaseProcess, seconds: float) -> int | None:
+    process.join(seconds)
+    return process.exitcode
+
+
+def said(output_dir: Path) -> str:
+    """What all ranks printed last."""
+    return "\n".join(path.read_text()[-2000:] for path in sorted(output_dir.glob("log*.txt")))
 
 
 def metrics(output_dir: Path) -> Path:
@@ -60,10 +88,10 @@ def steps_logged(output_dir: Path) -> int:
     return path.read_bytes().count(b'"kind":"step"') if path.exists() else 0
 
 
-def wait_for_steps(output_dir: Path, process: subprocess.Popen[str], num: int) -> None:
+def wait_for_steps(output_dir: Path, process: BaseProcess | subprocess.Popen[str], num: int) -> None:
     deadline = time.monotonic() + 240
     while steps_logged(output_dir) < num:
-        assert process.poll() is None, (output_dir / "log.txt").read_text()[-2000:]
+        assert is_alive(process.pid or 0), said(output_dir)
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -82,14 +110,12 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_and_survive_what_happens_to_one_of_them(tmp_path: Path) -> None:
-    alone = start(tmp_path / "one", 1, "training.max_steps=12", "training.lambda_warmup.warmup_steps=11")
-    assert alone.wait(300) == 0, (tmp_path / "one" / "log.txt").read_text()[-2000:]
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     short = ["training.max_steps=12", "training.lambda_warmup.warmup_steps=11"]
-    halves = [*short, "training.batch_size=1"]
-
-    both = start(tmp_path / "two", 2, *halves)
-    assert both.wait(300) == 0, (tmp_path / "two" / "log.txt").read_text()[-2000:]
+    (alone,) = start_ranks(tmp_path / "one", 1, *short)
+    both = start_ranks(tmp_path / "two", 2, *short, "training.batch_size=1")
+    assert exit_code(alone, 240) == 0, said(tmp_path / "one")
+    assert [exit_code(rank, 240) for rank in both] == [0, 0], said(tmp_path / "two")
 
     one, two = (read_metrics(metrics(tmp_path / name)) for name in ("one", "two"))
     assert [row["samples"] for row in two] == [row["samples"] for row in one]
@@ -104,7 +130,7 @@ def test_what_happens_to_one_rank_ends_both_and_the_run_goes_on(
     name: str, number: int, tmp_path: Path
 ) -> None:
     halves = ["training.batch_size=1"]
-    process = start(tmp_path, 2, *halves)
+    process = start_torchrun(tmp_path, *halves)
     wait_for_steps(tmp_path, process, 5)
     ranks = ranks_of(process)
     assert len(ranks) == 2
@@ -116,46 +142,29 @@ def test_what_happens_to_one_rank_ends_both_and_the_run_goes_on(
     assert time.monotonic() - begun < 30
     assert not any(is_alive(pid) for pid in ranks)
     logged = steps_logged(tmp_path)
-    again = start(tmp_path, 2, *halves)
-    wait_for_steps(tmp_path, again, logged + 3)
-    for pid in (*ranks_of(again), again.pid):  # torchrun's end alone would leave the ranks running
-        os.kill(pid, signal.SIGKILL)
-    again.wait(30)
+    again = start_ranks(tmp_path, 2, *halves)
+    wait_for_steps(tmp_path, again[0], logged + 3)
+    for rank in again:
+        rank.kill()
+    assert [exit_code(rank, 30) for rank in again] == [-signal.SIGKILL, -signal.SIGKILL]
     rows = read_metrics(metrics(tmp_path))
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert [row["samples"] for row in rows] == [list(range(4 * n, 4 * n + 4)) for n in range(len(rows))]
     if name == "term":
-        assert "resuming after step" in (tmp_path / "log.txt").read_text()
-
-
-def start_bare(output_dir: Path, *overrides: str) -> list[subprocess.Popen[str]]:
-    """Two ranks without torchrun, whose own exit codes are seen."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "wrinklefree", "train", *COMMON, f"output_dir={output_dir}", *overrides]
-    ranks = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        variables = os.environ | place | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        log = (output_dir / f"log-{rank}.txt").open("w")
-        ranks.append(subprocess.Popen(command, stdout=log, stderr=log, text=True, env=variables))
-    return ranks
+        assert "resuming after step" in said(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_hangs_ends_all_of_them_with_one_line(stopped: int, tmp_path: Path) -> None:
     # Rank 0 prepares data for longer than the others would wait in a collective.
-    ranks = start_bare(tmp_path, "distributed=ddp", "training.batch_size=1", "distributed.timeout_seconds=15")
-    (tmp_path / "log.txt").touch()
+    ranks = start_ranks(tmp_path, 2, "training.batch_size=1", "distributed.timeout_seconds=15")
     wait_for_steps(tmp_path, ranks[0], 3)
 
-    ranks[stopped].send_signal(signal.SIGSTOP)
+    os.kill(ranks[stopped].pid or 0, signal.SIGSTOP)
 
-    assert ranks[1 - stopped].wait(60) == 7
-    assert ranks[stopped].wait(60) == -signal.SIGKILL
+    assert exit_code(ranks[1 - stopped], 60) == 7
+    assert exit_code(ranks[stopped], 60) == -signal.SIGKILL
     log = (tmp_path / f"log-{1 - stopped}.txt").read_text().splitlines()
     (line,) = [line for line in log if line.startswith("error:")]
     assert f"rank {1 - stopped} lost another rank" in line
@@ -178,8 +187,8 @@ def test_ranks_learn_from_layers_alone_though_the_last_norm_gets_no_gradient(tmp
     for num_ranks, accumulation in ((1, 4), (2, 2)):
         output_dir = tmp_path / str(num_ranks)
         cut = f"training.gradient_accumulation_steps={accumulation}"
-        process = start(output_dir, num_ranks, *wanted, cut)
-        assert process.wait(240) == 0, (output_dir / "log.txt").read_text()[-2000:]
+        ranks = start_ranks(output_dir, num_ranks, *wanted, cut)
+        assert [exit_code(rank, 240) for rank in ranks] == [0] * num_ranks, said(output_dir)
         found.append([row["loss"] for row in read_metrics(metrics(output_dir))])
 
     # λ grows here, and another order of sums re-draws roundings to int8.

@@ -1,56 +1,47 @@
 """A corrected model in the engine, as a ternary file with an adapter or with merged weights."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor, nn
 
-from bitnet_arch import (
-    ConversionConfig,
-    convert_bitlinear_to_lrc,
-    convert_to_bitnet,
-    load_bitnet,
-    save_bitnet,
-)
+from bitnet_arch import convert_bitlinear_to_lrc, load_bitnet
 from bitnet_arch.bitlinear import bitlinears
 from bitnet_arch.lrc import lrc_layers
-from bitnet_arch.testing import tiny_llama, tiny_qwen2, tiny_qwen3
 from bitnet_serving.engine import Engine
 from bitnet_serving.export import export_gguf
+from bitnet_serving.testing import save_tiny
 from durable import UserError
 
 VOCAB = 320
 NUM_POSITIONS = 48
-BUILDS: dict[str, tuple[Callable[..., PreTrainedModel], str]] = {
-    "llama": (tiny_llama, "none"),
-    "bitnet": (tiny_llama, "output"),
-    "qwen2": (tiny_qwen2, "none"),
-    "qwen3": (tiny_qwen3, "none"),
+MODELS = {
+    "llama": ("llama", "none"),
+    "bitnet": ("llama", "output"),
+    "qwen2": ("qwen2", "none"),
+    "qwen3": ("qwen3", "none"),
 }
-"""Architecture of the file → model, and where it has SubLNs."""
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {text: number for number, text in enumerate([*letters, "th", "the", "<end>"])}
-    bpe = Tokenizer(models.BPE(vocab, merges=[("t", "h"), ("th", "e")]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+"""Architecture of the file → family, and where it has SubLNs."""
 
 
 def corrected(directory: Path, architecture: str) -> Path:
     """A checkpoint whose corrections matter, of other ranks in attention than in the MLP."""
-    build, subln = BUILDS[architecture]
-    model = build(vocab_size=VOCAB, initializer_range=0.2)
-    convert_to_bitnet(model, ConversionConfig(subln=subln))
+    family, subln = MODELS[architecture]
+    return save_tiny(
+        directory / "checkpoint",
+        family,
+        convert={"subln": subln},
+        change=correct,
+        vocab_size=VOCAB,
+        initializer_range=0.2,
+    )
+
+
+def correct(model: nn.Module) -> None:
     convert_bitlinear_to_lrc(model, rank=5, exclude_names=["mlp"])
     convert_bitlinear_to_lrc(model, rank=8)
-    return save_bitnet(model, directory / "checkpoint", tokenizer=tokenizer())
 
 
 def log_probs(checkpoint: Path, ids: list[int], *, quantised: bool, correction: bool = True) -> Tensor:
@@ -82,7 +73,7 @@ def ids() -> list[int]:
     return drawn
 
 
-@pytest.mark.parametrize("architecture", BUILDS)
+@pytest.mark.parametrize("architecture", MODELS)
 def test_an_adapter_corrects_a_model_in_the_engine(tmp_path: Path, architecture: str, ids: list[int]) -> None:
     checkpoint = corrected(tmp_path, architecture)
     expected = log_probs(checkpoint, ids, quantised=False)
@@ -148,9 +139,7 @@ def test_a_correction_that_would_be_lost_is_refused(
 
 
 def test_an_adapter_for_nothing_is_refused(tmp_path: Path) -> None:
-    model = tiny_llama(vocab_size=VOCAB)
-    convert_to_bitnet(model)
-    checkpoint = save_bitnet(model, tmp_path / "checkpoint", tokenizer=tokenizer())
+    checkpoint = save_tiny(tmp_path / "checkpoint")
 
     with pytest.raises(UserError, match="has no low-rank corrections"):
         export_gguf(checkpoint, tmp_path / "model.gguf", lora=tmp_path / "lora.gguf")

@@ -90,6 +90,102 @@ def test_a_header_that_does_not_fit_its_file_is_refused(
         read_header(path)
 
 
+def test_data_is_where_the_header_says(tmp_path: Path) -> None:
+    entries: dict[str, object] = {"late": entry("I8", [3], 4, 7), "early": entry("I8", [4], 0, 4)}
+    path = write(tmp_path / "model.safetensors", entries, num_data_bytes=0)
+    path.write_bytes(path.read_bytes() + b"earlate")
+
+    stored = {tensor.name: tensor for tensor in read_header(path)}
+
+    content = path.read_bytes()
+    assert [content[stored[n].offset :][: stored[n].num_bytes] for n in ("early", "late")] == [
+        b"earl",
+        b"ate",
+    ]
+    assert stored["late"].path == path
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        pytest.param({"a": entry("I8", [4], 0, 4), "b": entry("I8", [4], 2, 6)}, id="overlap"),
+        pytest.param({"a": entry("I8", [2], 0, 2), "b": entry("I8", [2], 4, 6)}, id="a gap"),
+        pytest.param({"a": entry("I8", [6, 2**62, 4], 0, 6)}, id="2^64 values"),
+        pytest.param({"a": entry("I8", [2**62] * 60_000, 0, 6)}, id="a product of a million digits"),
+        pytest.param({"a": entry("I8", [float("inf")], 0, 6)}, id="infinite"),  # type: ignore[list-item]
+        pytest.param({"a": entry("I8", ["6"], 0, 6)}, id="a number as text"),  # type: ignore[list-item]
+        pytest.param({"a": entry("I8", [True, 6], 0, 6)}, id="true"),
+        pytest.param({"a": {"dtype": [], "shape": [6], "data_offsets": [0, 6]}}, id="a dtype as list"),
+        pytest.param({"a": {"dtype": "I8", "shape": 6, "data_offsets": [0, 6]}}, id="a shape as number"),
+    ],
+)
+def test_shapes_and_places_that_cannot_be_are_refused(tmp_path: Path, entries: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged") as caught:
+        read_header(write(tmp_path / "model.safetensors", entries, num_data_bytes=6))
+    assert caught.value.exit_code == ExitCode.BAD_DATA
+
+
+def test_a_name_twice_is_refused(tmp_path: Path) -> None:
+    one = '"a":{"dtype":"I8","shape":[1],"data_offsets":[0,1]}'
+    header = f"{{{one},{one}}}".encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+
+    with pytest.raises(UserError, match="damaged"):
+        read_header(tmp_path / "model.safetensors")
+
+
+def write_shards(directory: Path, places: dict[str, int], *, count: int) -> None:
+    for number in sorted(set(places.values())):
+        names = [name for name, place in places.items() if place == number]
+        entries: dict[str, object] = {
+            name: entry("I8", [4], 4 * n, 4 * n + 4) for n, name in enumerate(names)
+        }
+        path = directory / f"model-{number:05d}-of-{count:05d}.safetensors"
+        write(path, entries, num_data_bytes=4 * len(names))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"x": 1, "z": 3}, count=3)
+
+    with pytest.raises(
+        UserError, match=r"model-00002-of-00003\.safetensors: this shard is missing"
+    ) as caught:
+        read_checkpoint_header(tmp_path)
+    assert caught.value.exit_code == ExitCode.BAD_DATA
+
+
+def test_shards_of_two_models_are_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"x": 1, "y": 2}, count=2)
+    write_shards(tmp_path, {"x": 1}, count=1)
+
+    with pytest.raises(UserError, match="files of several models"):
+        read_checkpoint_header(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"x": "model-00001-of-00002.safetensors"},
+        {"x": "model-00001-of-00002.safetensors", "y": "model-00001-of-00002.safetensors"},
+        {"x": "model-00001-of-00002.safetensors", "y": "../../y.safetensors"},
+        {"x": "model-00001-of-00002.safetensors", "y": "model-00002-of-00002.safetensors", "z": "z"},
+        ["x"],
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path: Path, places: object) -> None:
+    write_shards(tmp_path, {"x": 1, "y": 2}, count=2)
+    honest = {"x": "model-00001-of-00002.safetensors", "y": "model-00002-of-00002.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": honest}))
+    assert len(read_checkpoint_header(tmp_path)) == 2
+
+    index.write_text(json.dumps({"weight_map": places}))
+
+    with pytest.raises(UserError, match=r"index\.json: damaged") as caught:
+        read_checkpoint_header(tmp_path)
+    assert caught.value.exit_code == ExitCode.BAD_DATA
+
+
 def test_a_directory_without_a_model_says_what_lies_there(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
 

@@ -24,6 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bitnet_arch import ConversionConfig, convert_to_bitnet, load_bitnet, save_bitnet
 from bitnet_arch.bitlinear import bitlinears
+from bitnet_arch.packed import PackedBitLinear
 from bitnet_arch.testing import tiny_llama
 from bitnet_serving.cli import main
 from bitnet_serving.divergence import kl, kl_to_top
@@ -125,7 +126,8 @@ class Fault:
 
 def permuted(values: Tensor, *, num_heads: int) -> Tensor:
     """From halves to neighbours once more."""
-    return values.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(values.shape)
+    halves: Tensor = values.unflatten(0, (num_heads, 2, -1))
+    return halves.transpose(1, 2).reshape(values.shape)
 
 
 def each_weight(change: Callable[[str, Tensor], Tensor]) -> Callable[[Any], None]:
@@ -168,6 +170,7 @@ def without_tail(name: str, values: Tensor) -> Tensor:
 def scaled(factor: float) -> Callable[[Any], None]:
     def apply(model: PreTrainedModel) -> None:
         for layer in bitlinears(model):
+            assert isinstance(layer, PackedBitLinear)
             layer.weight_scale.mul_(factor)
 
     return apply
@@ -189,7 +192,7 @@ def untie(model: PreTrainedModel) -> None:
 def use_wrong_eps(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = WRONG_EPS
+            module.__dict__["variance_epsilon"] = WRONG_EPS
 
 
 def use_wrong_rope_base(model: PreTrainedModel) -> None:

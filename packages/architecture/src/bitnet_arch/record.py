@@ -101,7 +101,7 @@ def read_record(directory: Path) -> BitnetRecord:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         file_version = content["format_version"] if content["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unreadable(path, type(error).__name__) from None
     if isinstance(file_version, int) and file_version > FORMAT_VERSION:
         raise UserError(

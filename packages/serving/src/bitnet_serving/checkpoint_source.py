@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitnet_arch.checkpoint import ORIGINALS_NAME, TENSORS_NAME, open_checkpoint
@@ -25,6 +24,15 @@ from bitnet_arch.walk import ModelWalk, walk
 from bitnet_serving.safetensors_header import StoredTensor, read_header
 from durable import ExitCode, UserError, newest_complete, read_manifest
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+}
+"""What a ternary model may be saved in."""
 CHECKPOINTS = "checkpoints"
 """Where a run keeps them."""
 
@@ -38,7 +46,7 @@ class CheckpointSource:
     config: dict[str, Any]
     """The model's own, also where `config.json` names another class."""
     walked: ModelWalk
-    stored: dict[str, tuple[Path, StoredTensor]]
+    stored: dict[str, StoredTensor]
     """Name in the model → where it is."""
     shapes: dict[str, tuple[int, ...]]
     """Name → shape in the model."""
@@ -56,16 +64,21 @@ class CheckpointSource:
 
     def dense(self, name: str) -> Tensor:
         """A tensor as it was saved; UserError when it is not finite."""
-        path, stored = self.stored[name]
-        tensor = _read(path, stored.name)
-        refuse_unusable_tensors({name: tensor}, action="export")
+        tensor = _read(self.stored[name])
+        # NaN comes through both ends; one pass, where looking at every value apart takes several.
+        if tensor.is_floating_point() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+            refuse_unusable_tensors({name: tensor}, action="export")
         return tensor
 
     def ternary(self, module: str) -> TernaryWeight:
         """Codes and scale of a ternary projection."""
-        weight = self.dense(f"{module}.weight")
+        name = f"{module}.weight"
+        weight = _read(self.stored[name])
         if not self.record.packed:
-            return quantize_weight(weight)
+            codes, scale = quantize_weight(weight)
+            if not scale.isfinite():  # a mean over all of them
+                refuse_unusable_tensors({name: weight}, action="export")
+            return TernaryWeight(codes, scale)
         codes = unpack(weight) if weight.dtype == torch.uint8 else weight.to(torch.int8)
         return TernaryWeight(codes, self.dense(f"{module}.weight_scale").reshape(()).float())
 
@@ -121,12 +134,12 @@ def _refuse_dense(directory: Path) -> None:
         )
 
 
-def _stored(directory: Path, record: BitnetRecord) -> dict[str, tuple[Path, StoredTensor]]:
+def _stored(directory: Path, record: BitnetRecord) -> dict[str, StoredTensor]:
     """The stock layout renames some tensors, adds some, and keeps beside it what it changes."""
     names, added = (record.stock.names, record.stock.added) if record.stock else ({}, ())
     files = [directory / TENSORS_NAME, directory / ORIGINALS_NAME]
     return {
-        names.get(tensor.name, tensor.name) if path.name == TENSORS_NAME else tensor.name: (path, tensor)
+        names.get(tensor.name, tensor.name) if path.name == TENSORS_NAME else tensor.name: tensor
         for path in files
         if path.name == TENSORS_NAME or path.is_file()
         for tensor in read_header(path)
@@ -137,14 +150,14 @@ def _stored(directory: Path, record: BitnetRecord) -> dict[str, tuple[Path, Stor
 def _compare(
     directory: Path,
     expected: Mapping[str, tuple[int, ...]],
-    stored: Mapping[str, tuple[Path, StoredTensor]],
+    stored: Mapping[str, StoredTensor],
 ) -> None:
     problems = [
         *(f"{name} is missing" for name in expected if name not in stored),
         *(f"{name} is unexpected" for name in stored if name not in expected),
         *(
             f"{name} is {_text(found)} and must be {_text(expected[name])}"
-            for name, (_, tensor) in stored.items()
+            for name, tensor in stored.items()
             if name in expected and (found := _shape(tensor, expected[name])) != expected[name]
         ),
     ]
@@ -168,15 +181,22 @@ def _text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "a scalar"
 
 
-def _read(path: Path, name: str) -> Tensor:
-    """Into memory of its own: what stays mapped counts as ours."""
+def _read(stored: StoredTensor) -> Tensor:
+    """Into memory of its own: pages of a mapped file would count as ours, and stay."""
+    data = bytearray(stored.num_bytes)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name).clone()
-            return tensor
-    except (OSError, SafetensorError) as error:
+        with stored.path.open("rb", buffering=0) as file:
+            file.seek(stored.offset)
+            num_read = file.readinto(data)
+        if num_read != len(data):
+            raise OSError(f"{num_read} bytes of {len(data)}")
+        return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).view(stored.shape)
+    except (OSError, KeyError) as error:
         raise UserError(
-            f"{path}: cannot be read", found=str(error), fix="copy it again", exit_code=ExitCode.BAD_DATA
+            f"{stored.path}: {stored.name} cannot be read",
+            found=stored.dtype if isinstance(error, KeyError) else str(error),
+            fix="copy the directory again, or save the model anew",
+            exit_code=ExitCode.BAD_DATA,
         ) from None
 
 

@@ -46,7 +46,8 @@ def export_gguf(
         typer.Option("--type", help="Of the projections: tq2_0, tq1_0, q2_0, i2_s, f16, bf16 or q8_0."),
     ] = None,
     embeddings: Annotated[
-        str | None, typer.Option(help="f16, bf16, q8_0 or f32; else q8_0, or f16 and bf16 with a body of it.")
+        str | None,
+        typer.Option(help="f16, bf16, q8_0 or f32; else f16, or the body's own where it is one of them."),
     ] = None,
     head: Annotated[str | None, typer.Option(help="Of a head of its own; else that of --embeddings.")] = None,
     prefer: Annotated[
@@ -75,6 +76,9 @@ def export_gguf(
         Path | None, typer.Option(metavar="DIR", help="Another tokenizer than the checkpoint's.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.gguf if it is there.")] = False,
+    proven: Annotated[
+        bool, typer.Option("--verify", help="Read it back and run it in an engine, as `verify` does.")
+    ] = False,
 ) -> None:
     """A GGUF file for llama.cpp, or (i2_s, ReLU²) for Microsoft's engine.
 
@@ -99,6 +103,12 @@ def export_gguf(
         replace_existing=force,
     )
     typer.echo(str(report))
+    if proven:
+        from bitnet_serving.verify import verify_gguf
+
+        verification = verify_gguf(out, checkpoint, lora=lora)
+        typer.echo(f"\n{verification}")
+        raise typer.Exit(verification.exit_code)
 
 
 @app.command()

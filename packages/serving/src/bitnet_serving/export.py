@@ -21,6 +21,7 @@ from bitnet_serving.architectures import (
     choose_architecture,
 )
 from bitnet_serving.checkpoint_source import CheckpointSource, open_source
+from bitnet_serving.dense_activations import DenseActivationsCost, cost_of_dense_activations
 from bitnet_serving.file_tensors import FileTensors, ScaleLostError, require_i2_s
 from bitnet_serving.formats import DENSE_FORMATS, GGUF_FORMATS, TERNARY_FORMATS
 from bitnet_serving.gguf_values import MetaValue
@@ -61,6 +62,8 @@ class ExportReport:
     tokenizer: str
     adapter: AdapterReport | None = None
     """Low-rank corrections in a file of their own."""
+    dense_cost: DenseActivationsCost | None = None
+    """Of a model whose activations are sparse."""
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -72,6 +75,8 @@ class ExportReport:
         lines.append(f"  tokenizer: {self.tokenizer}")
         if self.adapter is not None:
             lines.append(f"  {self.adapter}")
+        if self.dense_cost is not None:
+            lines.append(f"  {self.dense_cost}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
@@ -112,7 +117,7 @@ def export_gguf(
     body = body or _preferred(source, prefer, embeddings, head)
     embeddings, head = table_types(source, body, embeddings, head)
     _refuse_unfinished(source, body, at_full_quantisation=at_full_quantisation)
-    _refuse_sparse(source, allowed=dense_activations)
+    is_sparse = _is_sparse(source, allowed=dense_activations)
     _check_lrc(source, body, merge=merge_lrc, adapter=lora is not None, in_blocks=scales == "blocks")
     if body == "i2_s":
         require_i2_s(architecture)
@@ -131,9 +136,8 @@ def export_gguf(
         scale_tensors=scales == "tensors" or body == "bf16",
         merge_lrc=merge_lrc,
     )
-    text = read_tokenizer(
-        Path(tokenizer) if tokenizer else source.directory, vocab_size=rows, without=without
-    )
+    tokenizer_dir = Path(tokenizer) if tokenizer else source.directory
+    text = read_tokenizer(tokenizer_dir, vocab_size=rows, without=without)
     metadata = _metadata(source, architecture, body, padding, text, rows)
     # First, so that a model never stands there without its corrections.
     adapter = None if lora is None else _write_adapter(lora, tensors, source, replace_existing)
@@ -145,6 +149,9 @@ def export_gguf(
             raise _scales_and_adapter(f"{body}, which would round a scale by more than 2⁻¹¹") from None
         tensors = replace(tensors, scale_tensors=True)
         write_gguf(out, metadata, list(tensors.listed()), replace=replace_existing)
+    dense_cost = (
+        cost_of_dense_activations(source.directory, tokenizer_dir=tokenizer_dir) if is_sparse else None
+    )
     types, num_bytes = _parts(tensors.listed(), body)
     return ExportReport(
         path=Path(out),
@@ -155,6 +162,7 @@ def export_gguf(
         padding=padding,
         tokenizer=text.kind,
         adapter=adapter,
+        dense_cost=dense_cost,
         notes=(*text.notes, *_notes(source, architecture, tensors, prefer)),
     )
 
@@ -162,8 +170,11 @@ def export_gguf(
 def table_types(
     source: CheckpointSource, body: str, embeddings: str | None, head: str | None
 ) -> tuple[str, str]:
-    """The types of embedding and head; q8_0 beside ternary weights, the body's own beside others."""
-    chosen = embeddings or (body if body in DENSE_FORMATS else "q8_0")
+    """The types of embedding and head; f16 beside ternary weights, the body's own beside others.
+
+    q8_0 would halve them, and add more noise than the rounding of activations does to some models.
+    """
+    chosen = embeddings or (body if body in DENSE_FORMATS else "f16")
     if source.walked.is_tied and head not in (None, chosen):
         raise UserError(
             "--head: this model's head is its embedding",
@@ -222,15 +233,19 @@ def _refuse_unfinished(source: CheckpointSource, body: str, *, at_full_quantisat
             )
 
 
-def _refuse_sparse(source: CheckpointSource, *, allowed: bool) -> None:
+def _is_sparse(source: CheckpointSource, *, allowed: bool) -> bool:
+    """Does it leave activations out? UserError when that is so and not `allowed` to be lost."""
     for path in source.record.ternary:
         sparsity = source.record.settings_of(path)["sparsity"]
-        if sparsity and sparsity["ratio"] and not allowed:
+        if sparsity and sparsity["ratio"]:
+            if allowed:
+                return True
             raise UserError(
                 f"{source.directory}: no engine leaves activations out",
                 found=f"{path} with sparsity {sparsity['ratio']:g}",
                 fix="export it with all of them and see what that costs: --dense-activations",
             )
+    return False
 
 
 def _check_lrc(source: CheckpointSource, body: str, *, merge: bool, adapter: bool, in_blocks: bool) -> None:

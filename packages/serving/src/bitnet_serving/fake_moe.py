@@ -5,22 +5,21 @@ of experts, without a model that was trained as one.
                                          blk.N.ffn_gate_inp.weight   [experts, D], the router
 
 The engine takes the softmax of the router's products, keeps the k largest and divides them by their sum, so
-k equal experts add up to the dense model whichever they are. The router's rows are random directions at right
-angles to the embedding's mean, so that what all tokens have in common favours no expert.
+k equal experts add up to the dense model whichever they are (`even_router` makes them about equally likely).
 
-Shapes: D hidden, F the MLP's width, V vocabulary.
+Shapes: D hidden, F the MLP's width.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor
 
-from bitnet_serving.encoding import decode_dense, encode_dense
+from bitnet_serving.encoding import encode_dense
+from bitnet_serving.even_router import mlp_inputs, router_rows
 from bitnet_serving.formats import DENSE_FORMATS, GGUF_FORMATS
 from bitnet_serving.gguf_reader import GGUFFile, GGUFTensor, read_gguf
 from bitnet_serving.gguf_writer import TensorToWrite, write_gguf
@@ -29,8 +28,6 @@ from durable import ExitCode, UserError
 EXPERT_ROLES = ("ffn_gate", "ffn_up", "ffn_down")
 MOST_EXPERTS = 512
 """That llama.cpp takes."""
-MEAN_OF_ROWS = 4096
-"""Rows of the embedding that stand for all of it."""
 
 
 def convert_dense_to_fake_moe_gguf(
@@ -56,20 +53,12 @@ def convert_dense_to_fake_moe_gguf(
         return _convert(dense, output, num_experts, top_k, None, model_name)
 
 
-def router_rows(mean_D: Tensor, num_experts: int, *, seed: int) -> Tensor:
-    """[experts, D]: short random rows at right angles to `mean_D`."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(num_experts, mean_D.numel(), generator=generator, dtype=torch.float64)
-    direction = torch.nn.functional.normalize(mean_D.double(), dim=0)
-    rows -= torch.outer(rows @ direction, direction)
-    # Of length 1/10 for every row: no expert is favoured by its length, and weights are about equal.
-    return (0.1 * torch.nn.functional.normalize(rows, dim=1)).float()
-
-
 @dataclass(frozen=True, slots=True)
 class _Mixture:
     dense: GGUFFile
     num_experts: int
+    routers: list[Tensor]
+    """Of each layer, [experts, D]."""
 
     def tensors(self) -> Iterator[TensorToWrite]:
         for tensor in self.dense.tensors.values():
@@ -81,7 +70,7 @@ class _Mixture:
             name = f"blk.{layer}.{role}_exps.{leaf}"
             yield self._copied(tensor, name, shape, copies=self.num_experts)
             if role == "ffn_gate" and leaf == "weight":
-                yield self._router(int(layer), tensor.shape[-1])
+                yield self._router(int(layer))
 
     def _copied(self, tensor: GGUFTensor, name: str, shape: tuple[int, ...], *, copies: int) -> TensorToWrite:
         return TensorToWrite(
@@ -91,26 +80,14 @@ class _Mixture:
             produce=lambda: self.dense.data(tensor.name).repeat(copies),
         )
 
-    def _router(self, layer: int, hidden: int) -> TensorToWrite:
+    def _router(self, layer: int) -> TensorToWrite:
+        rows = self.routers[layer]
         return TensorToWrite(
             name=f"blk.{layer}.ffn_gate_inp.weight",
             format="f32",
-            shape=(self.num_experts, hidden),
-            produce=self._router_data(layer),
+            shape=tuple(rows.shape),
+            produce=lambda: encode_dense("f32", rows),
         )
-
-    def _router_data(self, layer: int) -> Callable[[], Tensor]:
-        return lambda: encode_dense("f32", router_rows(self._mean(layer), self.num_experts, seed=layer))
-
-    def _mean(self, layer: int) -> Tensor:
-        """What the router sees on average, as far as the embedding tells: normed, times the norm's gain."""
-        embedding = self.dense.tensors["token_embd.weight"]
-        rows, hidden = min(embedding.shape[0], MEAN_OF_ROWS), embedding.shape[1]
-        num_bytes = embedding.num_bytes // embedding.shape[0] * rows
-        data = self.dense.data(embedding.name)[:num_bytes]
-        values_VD = decode_dense(embedding.block_format.name, data, rows, hidden)
-        gain_D = decode_dense("f32", self.dense.data(f"blk.{layer}.ffn_norm.weight"), 1, hidden)[0]
-        return torch.nn.functional.rms_norm(values_VD, (hidden,)).mean(0) * gain_D
 
 
 def _convert(
@@ -122,7 +99,8 @@ def _convert(
     if model_name is not None:
         metadata["general.name"] = model_name
     metadata |= {"llama.expert_count": num_experts, "llama.expert_used_count": top_k}
-    write_gguf(output, metadata, list(_Mixture(dense, num_experts).tensors()), replace=True)
+    routers = [router_rows(x, num_experts, seed=layer) for layer, x in enumerate(mlp_inputs(dense))]
+    write_gguf(output, metadata, list(_Mixture(dense, num_experts, routers).tensors()), replace=True)
     return output
 
 
@@ -149,12 +127,13 @@ def _check_dense(dense: GGUFFile, quant_type: str | None) -> None:
     biases = [name for name in names if _parts(name)[1] in EXPERT_ROLES and name.endswith(".bias")]
     if biases:
         raise _unsuitable(dense, biases[0], "a model whose MLP has no biases, which experts cannot have")
-    missing = [
-        name for name in ("token_embd.weight", "blk.0.ffn_gate.weight", "blk.0.ffn_norm.weight")
-        if name not in names
-    ]  # fmt: skip
-    if missing:
-        raise _unsuitable(dense, f"no {missing[0]}", "a whole model")
+    for name, shape in _expected(dense):
+        if name not in names:
+            raise _unsuitable(dense, f"no {name}", "a whole model")
+        if dense.tensors[name].shape != shape:
+            raise _unsuitable(
+                dense, f"{name} of shape {dense.tensors[name].shape}", f"{shape} as in its keys"
+            )
     for tensor in dense.tensors.values():
         if tensor.block_format.name not in GGUF_FORMATS:
             raise _unsuitable(dense, f"{tensor.name} as {tensor.block_format.name}", "a file of export gguf")
@@ -165,6 +144,39 @@ def _check_dense(dense: GGUFFile, quant_type: str | None) -> None:
         raise _unsuitable(dense, "i2_s, whose scale stands behind one matrix", "another type")
     if quant_type is not None and quant_type != body:
         raise _unsuitable(dense, f"projections as {body}", f"export the checkpoint with --type {quant_type}")
+
+
+def _expected(dense: GGUFFile) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what a router is made from, and of what becomes experts."""
+    hidden, ffn, layers, heads = (
+        _number(dense, key)
+        for key in ("embedding_length", "feed_forward_length", "block_count", "attention.head_count")
+    )
+    kv_heads = _number(dense, "attention.head_count_kv")
+    head_dim = _number(dense, "attention.value_length", default=hidden // heads)
+    if heads % kv_heads:
+        raise _unsuitable(dense, f"{heads} heads in {kv_heads} groups", "a whole model")
+    yield "token_embd.weight", (_rows(dense), hidden)
+    for layer in range(layers):
+        yield f"blk.{layer}.attn_norm.weight", (hidden,)
+        yield f"blk.{layer}.attn_v.weight", (kv_heads * head_dim, hidden)
+        yield f"blk.{layer}.attn_output.weight", (hidden, heads * head_dim)
+        yield f"blk.{layer}.ffn_norm.weight", (hidden,)
+        yield f"blk.{layer}.ffn_gate.weight", (ffn, hidden)
+        yield f"blk.{layer}.ffn_up.weight", (ffn, hidden)
+        yield f"blk.{layer}.ffn_down.weight", (hidden, ffn)
+
+
+def _number(dense: GGUFFile, key: str, *, default: int | None = None) -> int:
+    value = dense.metadata.get(f"llama.{key}", default)
+    if not isinstance(value, int) or value < 1:
+        raise _unsuitable(dense, f"llama.{key} = {value}", "a whole model")
+    return value
+
+
+def _rows(dense: GGUFFile) -> int:
+    embedding = dense.tensors.get("token_embd.weight")
+    return embedding.shape[0] if embedding is not None else 0
 
 
 def _unsuitable(dense: GGUFFile, found: str, fix: str) -> UserError:

@@ -149,11 +149,14 @@ class FileTensors:
         if self.without is not None:
             assert self.without == len(values) - 1, "only the last row can go without others moving up"
             values = values[: self.without]
-        parts = [
-            encode_dense(form, self.padding.apply(place.role, values[begin : begin + ROWS_AT_ONCE].float()))
-            for begin in range(0, len(values), ROWS_AT_ONCE)
-        ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        data = torch.empty(
+            GGUF_FORMATS[form].num_bytes(len(values), self.padding.padded.hidden), dtype=torch.uint8
+        )
+        data_NB = data.view(len(values), -1)
+        for begin in range(0, len(values), ROWS_AT_ONCE):
+            rows = self.padding.apply(place.role, values[begin : begin + ROWS_AT_ONCE].float())
+            data_NB[begin : begin + len(rows)] = encode_dense(form, rows).view(len(rows), -1)
+        return data
 
     def in_order(self, place: Place, values: Tensor) -> Tensor:
         """transformers rotates channel i with i + head_dim/2, `llama` 2i with 2i + 1."""

@@ -35,8 +35,11 @@ if TYPE_CHECKING:
 
 MOST_HEADER_BYTES = 100_000_000
 """Of everything before the data. The largest vocabularies take 15 MB."""
-MOST_VALUES = 4_000_000
-"""Of all metadata together: as objects they take ten times their bytes."""
+MOST_VALUES = 2_000_000
+"""Of all metadata; as objects they take ten times their bytes. A large vocabulary needs 1.3 million."""
+MOST_KEYS = 10_000
+MOST_TENSORS = 65_536
+"""The largest models have some thousands, with an expert to a tensor some ten thousands."""
 MOST_KEY_BYTES = 65_535
 MOST_ALIGNMENT = 65_536
 
@@ -127,6 +130,33 @@ class _Cursor:
         except UnicodeDecodeError:
             raise _damaged(self.path, f"{what} that is not UTF-8") from None
 
+    def _texts(self, key: str, count: int) -> list[MetaValue]:
+        """`text`, a million times: what it costs to call adds up to seconds."""
+        texts: list[MetaValue] = []
+        length_at = struct.Struct("<Q").unpack_from
+        place, end, view = self.place, self._end, self._view
+        try:
+            for _ in range(count):
+                begin = place + 8
+                place = begin + length_at(view, place)[0]
+                if place > end:
+                    break
+                texts.append(str(view[begin:place], "utf-8"))
+        except struct.error:
+            pass
+        except UnicodeDecodeError:
+            raise _damaged(self.path, f"{key} that is not UTF-8") from None
+        if len(texts) != count:
+            raise _damaged(self.path, f"{key}: {count:,} texts announced, {len(texts):,} there")
+        self.place = place
+        return texts
+
+    def count(self, what: str, most: int) -> int:
+        number = self.number("Q")
+        if number > most:
+            raise _damaged(self.path, f"{number:,} {what} announced, of at most {most:,}")
+        return number
+
     def kind(self) -> ValueKind:
         number = self.number("I")
         try:
@@ -142,7 +172,7 @@ class _Cursor:
         if kind == ValueKind.ARRAY:
             raise _damaged(self.path, f"{key}: an array of arrays")
         if kind == ValueKind.STRING:
-            return [self.text(key) for _ in range(count)]
+            return self._texts(key, count)
         data = self.take(count * struct.calcsize(kind.letter))
         if kind == ValueKind.BOOL and data.strip(b"\0\1"):
             raise _damaged(self.path, f"{key}: a truth value other than 0 and 1")
@@ -155,7 +185,7 @@ def _read(cursor: _Cursor) -> GGUFFile:
         raise _damaged(path, f"{magic!r} at its beginning")
     if (version := cursor.number("I")) != VERSION:
         raise _damaged(path, f"version {version} where {VERSION} is read")
-    num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
+    num_tensors, num_keys = cursor.count("tensors", MOST_TENSORS), cursor.count("keys", MOST_KEYS)
     metadata: dict[str, MetaValue] = {}
     kinds: dict[str, str] = {}
     for _ in range(num_keys):
@@ -169,6 +199,8 @@ def _read(cursor: _Cursor) -> GGUFFile:
 
 def _read_value(cursor: _Cursor, key: str) -> tuple[MetaValue, str]:
     kind = cursor.kind()
+    if kind == ValueKind.STRING:
+        return cursor.text(key), "string"
     if kind != ValueKind.ARRAY:
         return cursor.values(key, kind, 1)[0], kind.name.lower()
     kind = cursor.kind()

@@ -6,7 +6,7 @@ from typing import Any
 
 from durable import ExitCode, UserError
 
-MOST_BYTES = 20_000_000
+MOST_BYTES = 12_000_000
 """As objects they may take forty times as much."""
 
 

@@ -63,11 +63,12 @@ class FloatActivations(nn.Module):
         return y + self.layer.correction(x) if isinstance(self.layer, BitLinearLRC) else y
 
 
-def load_reference(checkpoint: Path) -> PreTrainedModel:
+def load_reference(checkpoint: Path, *, keep_sparsity: bool = False) -> PreTrainedModel:
     """The model at λ = μ = 1 in fp32, which changes no code and no scale."""
     model = load_bitnet(checkpoint)
     model.float()
-    set_sparsity(model, None)
+    if not keep_sparsity:
+        set_sparsity(model, None)
     set_subln_amount(model, 1.0)
     for layer in bitlinears(model):
         layer.quant_amount = layer.activation_amount = 1.0
@@ -78,12 +79,11 @@ def reference_log_probs(
     model: PreTrainedModel, sequences: Iterable[Sequence[int]], *, tables: Tables
 ) -> Reference:
     """At every position of every sequence, over the tokens that the file has."""
-    num_tokens = len(tables.embedding)
-    rows_1P = [torch.tensor([list(sequence)]) for sequence in sequences]
+    sequences, num_tokens = list(sequences), len(tables.embedding)
     with float_activations(model):
-        float_PV = _log_probs(model, rows_1P, num_tokens)
+        float_PV = log_probs(model, sequences, num_tokens=num_tokens)
     _use_tables(model, tables)
-    return Reference(int8=_log_probs(model, rows_1P, num_tokens), float=float_PV)
+    return Reference(int8=log_probs(model, sequences, num_tokens=num_tokens), float=float_PV)
 
 
 def float_activations(model: nn.Module) -> AbstractContextManager[object]:
@@ -110,6 +110,8 @@ def _round_input(_head: nn.Module, inputs: tuple[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _log_probs(model: PreTrainedModel, rows_1P: Sequence[Tensor], num_tokens: int) -> Tensor:
+def log_probs(model: PreTrainedModel, sequences: Iterable[Sequence[int]], *, num_tokens: int) -> Tensor:
+    """Of the next token, [P, V], as the model is set."""
+    rows_1P = [torch.tensor([list(sequence)]) for sequence in sequences]
     logits = [model(input_ids=row_1P, use_cache=False).logits[0, :, :num_tokens] for row_1P in rows_1P]
     return torch.cat(logits).double().log_softmax(-1)

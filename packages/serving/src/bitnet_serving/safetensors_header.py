@@ -16,8 +16,8 @@ from typing import Any
 from bitnet_serving.json_objects import read_json_object
 from durable import ExitCode, UserError
 
-MOST_HEADER_BYTES = 20_000_000
-"""The format allows 100 MB, which as objects may take 2 GB; a file of 100,000 tensors needs 15 MB."""
+MOST_HEADER_BYTES = 8_000_000
+"""The format allows 100 MB, which as objects may take 2 GB; a file of 50,000 tensors needs 7 MB."""
 MOST_DIMENSIONS = 64
 BITS = {
     "BOOL": 8,
