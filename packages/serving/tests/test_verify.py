@@ -6,9 +6,11 @@ by ten times of what `verify` allows. Then it goes into the file, and the engine
 """
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bitnet_arch import ConversionConfig, convert_to_bitnet, load_bitnet, save_bitnet
 from bitnet_arch.bitlinear import bitlinears
+from bitnet_arch.packed import PackedBitLinear
 from bitnet_arch.testing import tiny_llama
 from bitnet_serving.cli import main
-from bitnet_serving.divergence import kl
+from bitnet_serving.divergence import kl, kl_to_top
 from bitnet_serving.encoding import decode_dense, decode_ternary, encode_dense
 from bitnet_serving.engine import Engine, TopLogProbs
-from bitnet_serving.engine_check import LARGEST_FLOAT_KL, compare
+from bitnet_serving.engine_check import EngineCheck, compare
 from bitnet_serving.export import export_gguf
 from bitnet_serving.file_tensors import encode_codes
 from bitnet_serving.formats import TERNARY_FORMATS
@@ -38,8 +41,8 @@ from bitnet_serving.verify import verify_gguf
 from durable import ExitCode, UserError
 
 POSITIONS = 64
-EPS, WRONG_EPS = 1e-5, 1e-2
-ROPE_BASE, WRONG_ROPE_BASE = 1e4, 50.0
+EPS, WRONG_EPS = 1e-5, 1e-3
+ROPE_BASE, WRONG_ROPE_BASE = 1e4, 1e3
 BODIES = ("f16", "tq2_0")
 
 
@@ -117,13 +120,14 @@ class Fault:
     scale: float = 1.0
     metadata: dict[str, Any] | None = None
     new_head: bool = False
-    only: str | None = None
-    """The type of file in which it is large enough to be seen."""
+    row: str = "codes"
+    """Where the comparison of bytes shows it."""
 
 
 def permuted(values: Tensor, *, num_heads: int) -> Tensor:
     """From halves to neighbours once more."""
-    return values.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(values.shape)
+    halves: Tensor = values.unflatten(0, (num_heads, 2, -1))
+    return halves.transpose(1, 2).reshape(values.shape)
 
 
 def each_weight(change: Callable[[str, Tensor], Tensor]) -> Callable[[Any], None]:
@@ -166,6 +170,7 @@ def without_tail(name: str, values: Tensor) -> Tensor:
 def scaled(factor: float) -> Callable[[Any], None]:
     def apply(model: PreTrainedModel) -> None:
         for layer in bitlinears(model):
+            assert isinstance(layer, PackedBitLinear)
             layer.weight_scale.mul_(factor)
 
     return apply
@@ -187,7 +192,7 @@ def untie(model: PreTrainedModel) -> None:
 def use_wrong_eps(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = WRONG_EPS
+            module.__dict__["variance_epsilon"] = WRONG_EPS
 
 
 def use_wrong_rope_base(model: PreTrainedModel) -> None:
@@ -198,12 +203,16 @@ def use_wrong_rope_base(model: PreTrainedModel) -> None:
 
 FAULTS = {
     "q and k in another order": Fault(each_weight(wrong_order), wrong_order),
-    "scale times 0.69": Fault(scaled(0.69), scale=0.69),
+    "scale times 0.69": Fault(scaled(0.69), scale=0.69, row="scales"),
     "codes of a layer shifted": Fault(each_weight(shifted_codes), shifted_codes),
     "tail of rows dropped": Fault(each_weight(without_tail), without_tail),
-    "a head of its own": Fault(untie, new_head=True),
-    "wrong eps": Fault(use_wrong_eps, metadata={"llama.attention.layer_norm_rms_epsilon": WRONG_EPS}),
-    "wrong rope base": Fault(use_wrong_rope_base, metadata={"llama.rope.freq_base": WRONG_ROPE_BASE}),
+    "a head of its own": Fault(untie, new_head=True, row="tensors"),
+    "wrong eps": Fault(
+        use_wrong_eps, metadata={"llama.attention.layer_norm_rms_epsilon": WRONG_EPS}, row="metadata"
+    ),
+    "wrong rope base": Fault(
+        use_wrong_rope_base, metadata={"llama.rope.freq_base": WRONG_ROPE_BASE}, row="metadata"
+    ),
 }
 
 
@@ -223,7 +232,7 @@ def rewrite(path: Path, out: Path, fault: Fault) -> None:
             values = fault.values(name, values) if fault.values else values
             data = encode_dense(form, values * fault.scale)
         tensors.append(
-            TensorToWrite(name=name, format=form, shape=tensor.shape, produce=lambda data=data: data)
+            TensorToWrite(name=name, format=form, shape=tensor.shape, produce=partial(torch.clone, data))
         )
     if fault.new_head:
         head = other_head()
@@ -245,7 +254,20 @@ def ids(text: str) -> Tensor:
 
 @torch.no_grad()
 def log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits[0].double().log_softmax(-1)
+    logits: Tensor = model(input_ids=ids).logits
+    return logits[0].double().log_softmax(-1)
+
+
+def how_far_pytorch_moves(checkpoint: Path, ids: Tensor, change: Callable[[Any], object]) -> float:
+    """KL between the model as it is and with a change, both with float activations."""
+    model = load_bitnet(checkpoint)
+    with float_activations(model):
+        right = log_probs(model, ids)
+    with torch.no_grad():
+        change(model)
+    with float_activations(model):
+        wrong = log_probs(model, ids)
+    return float(kl(right, wrong).mean())
 
 
 def test_an_export_is_proven(gguf_path: Path, checkpoint: Path, text: str) -> None:
@@ -254,9 +276,7 @@ def test_an_export_is_proven(gguf_path: Path, checkpoint: Path, text: str) -> No
     assert verification.ok, str(verification)
     assert verification.exit_code == 0
     assert verification.engine is not None
-    assert verification.engine.num_positions == POSITIONS
-    assert verification.engine.num_named == 258
-    # The KL of a model with another one is not zero by construction.
+    assert (verification.engine.num_positions, verification.engine.num_named) == (POSITIONS, 258)
     assert 0 < verification.engine.kl <= verification.engine.largest_kl
 
 
@@ -265,22 +285,142 @@ def test_a_planted_fault_is_found_by_what_the_engine_predicts(
     name: str, gguf_path: Path, checkpoint: Path, text: str, ids: Tensor, tmp_path: Path
 ) -> None:
     fault = FAULTS[name]
-    model = load_bitnet(checkpoint)
-    int8 = log_probs(model, ids)
-    with float_activations(model):
-        right = log_probs(model, ids)
-    bound = LARGEST_FLOAT_KL if gguf_path.stem == "f16" else 2 * float(kl(int8, right).mean())
-    with torch.no_grad():
-        fault.in_model(model)
-    with float_activations(model):
-        moved = float(kl(right, log_probs(model, ids)).mean())
-    print(name, gguf_path.stem, "bound", bound, "moved", moved)
-    assert moved >= 10 * bound, f"{name} moves PyTorch by {moved:.1e} where {bound:.1e} is allowed"
     rewrite(gguf_path, tmp_path / "bad.gguf", fault)
 
     verification = verify_gguf(tmp_path / "bad.gguf", checkpoint, positions=POSITIONS, text=text)
 
-    print(verification)
-    assert verification.exit_code == ExitCode.BAD_DATA
+    moved = how_far_pytorch_moves(checkpoint, ids, fault.in_model)
     assert verification.engine is not None
+    assert moved >= 10 * verification.engine.largest_kl, "too small a fault to show anything"
     assert verification.engine.kl > verification.engine.largest_kl, "the engine did not see it"
+    # With float activations PyTorch is as far from itself as the engine is.
+    assert verification.engine.kl == pytest.approx(moved, rel=0.1)
+    assert verification.exit_code == ExitCode.BAD_DATA
+    assert verification.row(fault.row).ok is False, "its bytes did not show it"
+
+
+def test_relu2_in_a_graph_with_silu_is_found(
+    checkpoint: Path, text: str, ids: Tensor, tmp_path: Path
+) -> None:
+    """The file was written from the same weights when they still had SiLU."""
+    export_gguf(checkpoint, tmp_path / "silu.gguf", body="f16")
+    model = load_bitnet(checkpoint)
+    use_relu2(model)
+    model.config.hidden_act = "relu2"
+    other = save_bitnet(model, tmp_path / "relu2", layout="stock", packed=True, tokenizer=tokenizer())
+
+    verification = verify_gguf(tmp_path / "silu.gguf", other, positions=POSITIONS, text=text)
+
+    assert verification.engine is not None
+    moved = how_far_pytorch_moves(checkpoint, ids, use_relu2)
+    assert moved >= 10 * verification.engine.largest_kl
+    assert verification.engine.kl > verification.engine.largest_kl
+    assert verification.row("architecture").ok is False
+    assert verification.exit_code == ExitCode.BAD_DATA
+
+
+def test_what_no_engine_here_runs_is_proven_by_its_bytes(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "microsoft.gguf"
+    export_gguf(checkpoint, path, body="i2_s")
+
+    verification = verify_gguf(path, checkpoint)
+
+    assert verification.ok
+    assert verification.row("codes").ok
+    assert "bytes proven, engine not run" in str(verification)
+    arguments = ["verify", str(path), "--checkpoint", str(checkpoint)]
+    assert main(argv=arguments) == 0
+    assert main(argv=[*arguments, "--require-engine"]) == ExitCode.BAD_DATA
+    assert capsys.readouterr().out.count("engine not run") == 2
+
+
+def test_a_code_that_i2_s_has_wrong_is_found_without_an_engine(checkpoint: Path, tmp_path: Path) -> None:
+    export_gguf(checkpoint, tmp_path / "right.gguf", body="i2_s")
+    rewrite(tmp_path / "right.gguf", tmp_path / "wrong.gguf", FAULTS["codes of a layer shifted"])
+
+    verification = verify_gguf(tmp_path / "wrong.gguf", checkpoint)
+
+    assert verification.exit_code == ExitCode.BAD_DATA
+    assert "blk.1.ffn_down.weight" in str(verification)
+
+
+def test_the_command_prints_a_table_or_json(
+    checkpoint: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, page = tmp_path / "model.gguf", tmp_path / "page.txt"
+    export_gguf(checkpoint, path, body="f16")
+    page.write_text(text)
+    arguments = [
+        "verify",
+        str(path),
+        "--checkpoint",
+        str(checkpoint),
+        "--text",
+        str(page),
+        "--positions",
+        "8",
+    ]
+
+    assert main(argv=arguments) == 0
+    table = capsys.readouterr().out
+    assert main(argv=[*arguments, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+
+    assert "KL to float           ok" in table
+    assert "the engine predicts what PyTorch predicts" in table
+    assert (content["ok"], content["engine"]["num_positions"]) == (True, 8)
+
+
+def test_a_text_with_too_few_tokens_is_refused(gguf_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="too short"):
+        verify_gguf(gguf_path, checkpoint, positions=8, text="abc")
+
+
+@pytest.mark.parametrize("lost", ["a position", "a token"])
+def test_fewer_answers_than_asked_for_are_a_failure(
+    lost: str, gguf_path: Path, checkpoint: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = Engine.next_log_probs
+
+    def less(self: Engine, *arguments: Any) -> list[TopLogProbs]:
+        whole = answer(self, *arguments)
+        if lost == "a position":
+            return whole[:-1]
+        return [*whole[:-1], TopLogProbs(whole[-1].ids[:-1], whole[-1].log_probs[:-1])]
+
+    monkeypatch.setattr(Engine, "next_log_probs", less)
+
+    with pytest.raises(UserError, match="less than was asked for"):
+        verify_gguf(gguf_path, checkpoint, positions=8, text=text)
+
+
+def test_one_bucket_holds_the_tokens_that_the_engine_does_not_name() -> None:
+    p = torch.tensor([[0.5, 0.2, 0.2, 0.1]], dtype=torch.float64)
+    q = torch.tensor([[0.4, 0.3, 0.1, 0.2]], dtype=torch.float64)
+    named = TopLogProbs([1, 0], q[0, [1, 0]].log().tolist())
+
+    # Σ p log(p/q) over token 0, token 1 and both others together
+    expected = 0.5 * math.log(0.5 / 0.4) + 0.2 * math.log(0.2 / 0.3) + 0.3 * math.log(0.3 / 0.3)
+
+    assert float(kl_to_top(p.log(), [named])) == pytest.approx(expected, rel=1e-9)
+
+
+def test_another_favourite_counts_only_where_the_model_is_sure() -> None:
+    """Gaps of 4 and 0.2 between two tokens; the engine is off by 0.1 everywhere, or swaps the first two."""
+    right = torch.tensor([[4.0, 0.0]] * 99 + [[0.1, 0.0]], dtype=torch.float64).log_softmax(-1)
+    reference = Reference(int8=right, float=right)
+    top = [TopLogProbs([0, 1], row.tolist()) for row in right]
+    unsure_swapped = [*top[:-1], TopLogProbs([1, 0], right[-1].tolist())]
+    sure_swapped = [TopLogProbs([1, 0], right[0].tolist()), *top[1:]]
+
+    # One swap in a hundred: errors of 0.1·√(1/100) and 4·√(1/100), so gaps from 0.05 and from 2 on are clear.
+    assert _clear(compare(reference, unsure_swapped, is_float=True)) == (100, 1)
+    assert _clear(compare(reference, sure_swapped, is_float=True)) == (99, 1)
+    all_unsure = Reference(int8=right[-1:], float=right[-1:])
+    assert _clear(compare(all_unsure, unsure_swapped[-1:], is_float=True)) == (0, 0)
+
+
+def _clear(check: EngineCheck) -> tuple[int, int]:
+    return check.num_clear, check.num_clear_missed

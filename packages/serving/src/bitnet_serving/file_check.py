@@ -36,6 +36,7 @@ from bitnet_serving.formats import DENSE_FORMATS, TERNARY_FORMATS
 from bitnet_serving.gguf_reader import GGUFFile
 from bitnet_serving.gguf_values import MetaValue
 from bitnet_serving.model_metadata import rope_factors, rope_parameters
+from bitnet_serving.reference import Tables
 from durable import ExitCode, UserError
 
 EMBEDDING = "token_embd.weight"
@@ -50,15 +51,23 @@ SMALLEST_F16 = 2.0**-25
 class FileCheck:
     """What was compared, and all that was wrong."""
 
-    architecture: Architecture
-    body: str
-    """Type of the ternary projections."""
+    tensors: FileTensors
+    """What the file should hold, for the types that it has."""
     num_tensors: int = 0
     num_codes: int = 0
     num_metadata: int = 0
     largest_scale_error: float = 0.0
     problems: dict[str, list[str]] = field(default_factory=dict)
     """architecture, metadata, tensors, codes, scales, values → a line each."""
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.tensors.architecture
+
+    @property
+    def body(self) -> str:
+        """Type of the ternary projections."""
+        return self.tensors.body
 
     def add(self, kind: str, line: str) -> None:
         """Note a problem."""
@@ -76,7 +85,7 @@ def check_file(file: GGUFFile, source: CheckpointSource, *, has_adapter: bool) -
             exit_code=ExitCode.BAD_DATA,
         )
     tensors = _tensors_of(file, source, ARCHITECTURES[name], has_adapter=has_adapter)
-    check = FileCheck(architecture=ARCHITECTURES[name], body=tensors.body)
+    check = FileCheck(tensors)
     _check_architecture(check, source)
     _check_metadata(check, file, tensors)
     missing = _check_presence(check, file, tensors)
@@ -93,11 +102,18 @@ def check_file(file: GGUFFile, source: CheckpointSource, *, has_adapter: bool) -
     return check
 
 
+def stored_tables(file: GGUFFile, tensors: FileTensors) -> Tables:
+    """Embedding and head of a file, in the model's own width."""
+    embedding, head = (
+        _dense(file, f"{role}.weight")[:, : tensors.padding.shape.hidden] / tensors.padding.factor(role)
+        for role in ("token_embd", "token_embd" if tensors.source.walked.is_tied else "output")
+    )
+    return Tables(embedding=embedding, head=head, rounds_input=tensors.head == "q8_0")
+
+
 def _tensors_of(
     file: GGUFFile, source: CheckpointSource, architecture: Architecture, *, has_adapter: bool
 ) -> FileTensors:
-    """What the file should hold, for the types that it has."""
-
     def type_of(gguf_name: str) -> str:
         tensor = file.tensors.get(gguf_name)
         return "f32" if tensor is None else tensor.block_format.name

@@ -2,12 +2,13 @@
 
 Twice, because engines round activations in their own way, if at all:
 
-    int8     the model as it was trained: ternary weights, int8 activations per token
-    float    the same ternary weights, activations as they come
+    int8     the model as it was trained: ternary weights, int8 activations per token. Embedding and head are
+             those of the file, which may be rounded too (q8_0, whose engines round the head's input as well)
+    float    the same ternary weights, activations as they come; embedding and head of the checkpoint
 
 Both at λ = μ = 1, in fp32, without activation sparsity, which no engine has. The Kullback-Leibler divergence
-between the two is the noise of the model's own rounding. int8 rounding makes a network chaotic: a change of
-one part in 2000 draws all of that noise anew, so of two correct programs neither is nearer than that.
+between the two is the noise of all this rounding. It makes a network chaotic: a change of one part in 2000
+draws all of that noise anew, so of two correct programs neither is nearer than that.
 
 Shapes: P positions, V vocabulary.
 """
@@ -25,6 +26,8 @@ from transformers import PreTrainedModel
 from bitnet_arch import load_bitnet, set_sparsity, set_subln_amount
 from bitnet_arch.bitlinear import BitLinear, bitlinears
 from bitnet_arch.lrc import BitLinearLRC
+from bitnet_arch.quant import dequantize_activations, quantize_activations
+from bitnet_arch.walk import walk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,16 @@ class Reference:
     """[P, V]"""
     float: Tensor
     """[P, V]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """Embedding and head as a file has them, without padding."""
+
+    embedding: Tensor
+    head: Tensor
+    rounds_input: bool
+    """The engine multiplies the head with int8 activations."""
 
 
 class FloatActivations(nn.Module):
@@ -63,13 +76,14 @@ def load_reference(checkpoint: Path, *, keep_sparsity: bool = False) -> PreTrain
 
 
 def reference_log_probs(
-    model: PreTrainedModel, sequences: Iterable[Sequence[int]], *, num_tokens: int
+    model: PreTrainedModel, sequences: Iterable[Sequence[int]], *, tables: Tables
 ) -> Reference:
-    """At every position of every sequence, over the first `num_tokens` of the vocabulary."""
-    sequences = list(sequences)
-    int8_PV = log_probs(model, sequences, num_tokens=num_tokens)
+    """At every position of every sequence, over the tokens that the file has."""
+    sequences, num_tokens = list(sequences), len(tables.embedding)
     with float_activations(model):
-        return Reference(int8=int8_PV, float=log_probs(model, sequences, num_tokens=num_tokens))
+        float_PV = log_probs(model, sequences, num_tokens=num_tokens)
+    _use_tables(model, tables)
+    return Reference(int8=log_probs(model, sequences, num_tokens=num_tokens), float=float_PV)
 
 
 def float_activations(model: nn.Module) -> AbstractContextManager[object]:
@@ -80,6 +94,19 @@ def float_activations(model: nn.Module) -> AbstractContextManager[object]:
         model.set_submodule(name, FloatActivations(layer))
         restore.callback(model.set_submodule, name, layer)
     return restore
+
+
+def _use_tables(model: PreTrainedModel, tables: Tables) -> None:
+    walked = walk(model)
+    model.get_submodule(walked.embedding).weight = nn.Parameter(tables.embedding)
+    head = model.get_submodule(walked.head)
+    head.weight = nn.Parameter(tables.head)
+    if tables.rounds_input:
+        head.register_forward_pre_hook(_round_input)
+
+
+def _round_input(_head: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return dequantize_activations(*quantize_activations(inputs[0]))
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from typing import Any
 
 from bitnet_serving.checkpoint_source import CheckpointSource, open_source
 from bitnet_serving.engine import Engine
-from bitnet_serving.engine_check import INT8_NOISE_FACTOR, EngineCheck, check_engine, split
-from bitnet_serving.file_check import EMBEDDING, FileCheck, check_file
+from bitnet_serving.engine_check import INT8_NOISE_FACTOR, LARGEST_FLOAT_KL, EngineCheck, check_engine, split
+from bitnet_serving.file_check import FileCheck, check_file, stored_tables
 from bitnet_serving.gguf_reader import GGUFFile, read_gguf
 from bitnet_serving.sample_text import DEFAULT_TEXT
 from bitnet_serving.tokenizer_metadata import TOKENIZER_NAME
@@ -125,7 +125,7 @@ def verify_gguf(
                 split(ids, positions, context),
                 engine,
                 body=bytes_check.body,
-                num_tokens=file.tensors[EMBEDDING].shape[0],
+                tables=stored_tables(file, bytes_check.tensors),
             )
         rows += [tokenizer_row, *_engine_rows(engine_check)]
     return Verification(
@@ -161,7 +161,7 @@ def _engine_rows(check: EngineCheck) -> list[Row]:
     noise = f"its own int8 rounding {check.int8_noise:.1e}"
     named = f"{check.num_positions} positions, {check.num_named} tokens each"
     allowed = f"at most {check.largest_kl:.1e}"
-    if not check.is_float:
+    if check.largest_kl > LARGEST_FLOAT_KL:
         allowed += f", {INT8_NOISE_FACTOR:g} × {noise}"
     other, other_kl = ("int8", check.kl_to_int8) if check.is_float else ("float", check.kl_to_float)
     clear = f"{check.num_clear - check.num_clear_missed} of {check.num_clear} clear preferences"
