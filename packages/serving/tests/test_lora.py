@@ -51,7 +51,8 @@ def log_probs(checkpoint: Path, ids: list[int], *, quantised: bool, correction: 
             layer.activation_amount = float(quantised)
         for layer in lrc_layers(model):
             layer.lrc_U.mul_(float(correction))
-        return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        logits: Tensor = model(torch.tensor([ids])).logits[0]
+    return logits.double().log_softmax(-1)
 
 
 def engine_log_probs(path: Path, ids: list[int], *, lora: Path | None = None) -> Tensor:

@@ -76,7 +76,8 @@ def build(config: dict[str, Any], *, sub_norms: bool) -> PreTrainedModel:
     if sub_norms:
         convert_to_bitnet(model, ConversionConfig(subln="output"))
         set_quant_amount(model, 0)
-    return model.eval()
+    model.eval()
+    return model
 
 
 @cache

@@ -79,8 +79,7 @@ def _observing(name: str) -> Any:
     return attention
 
 
-@torch.compiler.disable  # else a block is compiled again for the observers of every step
-def _tell(
+def _tell_observers(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -97,6 +96,10 @@ def _tell(
     seen = AttentionInput(query, key, value, mask, scale or query.shape[-1] ** -0.5, causal)
     for observer in observers:
         observer(seen)
+
+
+# Else a compiled block is compiled again for the observers of every step.
+_tell = torch.compiler.disable(_tell_observers)
 
 
 @contextmanager
