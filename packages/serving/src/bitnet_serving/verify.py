@@ -163,6 +163,8 @@ def _engine_rows(check: EngineCheck) -> list[Row]:
     allowed = f"at most {check.largest_kl:.1e}"
     if check.largest_kl > LARGEST_FLOAT_KL:
         allowed += f", {INT8_NOISE_FACTOR:g} × {noise}"
+    elif not check.is_float:
+        allowed += f"; {noise}"
     other, other_kl = ("int8", check.kl_to_int8) if check.is_float else ("float", check.kl_to_float)
     clear = f"{check.num_clear - check.num_clear_missed} of {check.num_clear} clear preferences"
     return [
