@@ -204,6 +204,8 @@ WALKED: dict[str, tuple[str, ...]] = {
     "training.gradient_clipping.zclip.min_limit": ("100", *SPIKES),
     "training.gradient_clipping.zclip.skip_update_on_spike": ("true", *SPIKES),
     "training.objectives": ("{continue_pretrain: {weight: 0.5}}",),
+    "export.target": ("hf", "model=tiny_qwen3", SUBLN),
+    "export.smoke_steps": ("3",),
     "hub.repo": ("nobody/nothing", "training=stage2_pretrain"),
     "training.lrc.enabled": ("true",),
     "training.lrc.rank": ("2", CORRECTED),

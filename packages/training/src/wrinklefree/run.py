@@ -17,6 +17,7 @@ from wrinklefree.teachers.local import LocalTeacher
 from wrinklefree.training.batch_size import with_fitting_batch
 from wrinklefree.training.data import CalibrationBatches, open_loader, prepare_data
 from wrinklefree.training.ending import why_over
+from wrinklefree.training.exporting import try_export
 from wrinklefree.training.ranks import joined_ranks
 from wrinklefree.training.recording import recorded
 from wrinklefree.training.run_directory import FINAL, RunDirectory
@@ -82,6 +83,8 @@ def run(config: RunConfig) -> RunResult:
         )
         if isinstance(models.teacher, LocalTeacher):
             manager.check_models(models.student, models.teacher.model)
+        if start is None or not start.is_own:
+            ranks.found_by_first(lambda: try_export(models.student, models.tokenizer, config))
         config = with_fitting_batch(config, directory.path, models, manager, ranks)
         training = config.training
         loader = closing.enter_context(

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
 
-from bitnet_arch import LRCInit, Schedule, SubLNInit, SubLNPlacement
+from bitnet_arch import LRCInit, Schedule, SubLNInit
 from durable import UserError
 from wrinklefree.objectives.balance import BalanceConfig, BalanceMode
 from wrinklefree.objectives.curriculum import CurriculumConfig
@@ -62,13 +62,24 @@ class ModelConfig:
             )
 
 
+class SubLNChoice(StrEnum):
+    """Norms in front of projections."""
+
+    auto = "auto"
+    """`output` where an engine can compute it, else `none`."""
+    none = "none"
+    output = "output"
+    """In front of o and down, as the paper has it."""
+    all = "all"
+
+
 @dataclass(kw_only=True)
 class AutoConvertConfig:
     """How a dense model becomes ternary before training."""
 
     exclude_layers: list[str] = field(default_factory=list)
     """Projections to leave dense: a name (`q_proj`), a path or the end of one, or a glob."""
-    subln: SubLNPlacement = SubLNPlacement.none
+    subln: SubLNChoice = SubLNChoice.none
     subln_init: SubLNInit = SubLNInit.ones
     calibration_batches: int = 4
     """Training batches that a calibrated start looks at, of SubLN or of a low-rank correction."""
@@ -602,6 +613,27 @@ class HubConfig:
         require(named, "hub.repo", repo, "ORGANISATION/NAME")
 
 
+class ExportTarget(StrEnum):
+    """Who will run the trained model."""
+
+    gguf = "gguf"
+    """An engine, so one must have a graph for it."""
+    hf = "hf"
+    """transformers, which has one for every model that we train."""
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What could not be exported in the end is refused before it is trained."""
+
+    target: ExportTarget = ExportTarget.gguf
+    smoke_steps: int = 100
+    """Runs of so many optimizer steps first write, read back and load an export; shorter ones lose little."""
+
+    def __post_init__(self) -> None:
+        require(self.smoke_steps >= 1, "export.smoke_steps", self.smoke_steps, "1 or more")
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """A whole run."""
@@ -616,6 +648,7 @@ class RunConfig:
     gpu: GpuConfig = field(default_factory=GpuConfig)
     gcs: GcsConfig = field(default_factory=GcsConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")

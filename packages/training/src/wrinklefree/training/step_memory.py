@@ -32,6 +32,7 @@ from wrinklefree.teachers.base import Teacher
 from wrinklefree.teachers.local import LocalTeacher
 from wrinklefree.teachers.opening import teacher_dtype
 from wrinklefree.teachers.sparse import UndecidedTeacher
+from wrinklefree.training.exporting import choose_subln
 from wrinklefree.training.live_tensors import LiveTensors
 
 HALF_WAY = 0.5
@@ -66,10 +67,10 @@ def estimated_memory(
     taught: Teacher | None = None
     teacher_bytes = 0
     if teacher is not None:
-        skeleton = _skeleton(teacher, teacher_dtype(config)).eval().requires_grad_(False)
-        counter.made_fake(skeleton, device)
-        teacher_bytes = counter.watch([*skeleton.parameters(), *skeleton.buffers()])
-        taught = LocalTeacher(skeleton)
+        taught_by = skeleton(teacher, teacher_dtype(config)).eval().requires_grad_(False)
+        counter.made_fake(taught_by, device)
+        teacher_bytes = counter.watch([*taught_by.parameters(), *taught_by.buffers()])
+        taught = LocalTeacher(taught_by)
     elif manager.needs().teacher:
         taught = UndecidedTeacher(student.vocab_size - 1, config.training.teacher.top_k)
     batch = made_up_batch(config.training.batch_size, config.training.max_seq_length)
@@ -124,10 +125,11 @@ def _fake_student(
     config: RunConfig, described: PretrainedConfig, counter: LiveTensors, device: torch.device
 ) -> tuple[PreTrainedModel, int]:
     """The converted student, and the bytes of its weights."""
-    model = _skeleton(described)
+    model = skeleton(described)
     wanted = config.training.auto_convert
     # Gains that would be calibrated have the same shape as those that are 1.
-    conversion = ConversionConfig(exclude=tuple(wanted.exclude_layers), subln=wanted.subln)
+    subln = choose_subln(model, wanted.subln)
+    conversion = ConversionConfig(exclude=tuple(wanted.exclude_layers), subln=subln)
     convert_to_bitnet(model, conversion)
     training = config.training
     if any(name in training.objectives for name in ON_MASKED_TOKENS):
@@ -145,7 +147,7 @@ def _fake_student(
     return model.train(), counter.watch([*model.parameters(), *model.buffers()])
 
 
-def _skeleton(described: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def skeleton(described: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model whose tensors all show the same single one: conversion can look at it, memory is not taken."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(described, dtype=dtype)

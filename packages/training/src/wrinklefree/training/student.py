@@ -38,6 +38,7 @@ from wrinklefree.pretrained import Pretrained, load_pretrained
 from wrinklefree.teachers.base import Teacher
 from wrinklefree.teachers.opening import open_teacher, teacher_name
 from wrinklefree.training.compiling import compile_blocks
+from wrinklefree.training.exporting import choose_subln, require_exportable
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ def build_models(
         _convert(student, config, calibration)
         if checkpoint is not None:
             load_what_fits(student, checkpoint)
+    require_exportable(student, config)
     if config.training.lrc.enabled:
         _correct(student, config.training.lrc, calibration, is_trained=not from_pretrained)
     teacher = None
@@ -264,12 +266,13 @@ def _copy_of(pretrained: Pretrained | None) -> PreTrainedModel:
 
 def _convert(student: PreTrainedModel, config: RunConfig, calibration: Iterable[Tensor]) -> None:
     wanted = config.training.auto_convert
-    needs_batches = wanted.subln_init == "calibrated" and wanted.subln != "none"
+    subln = choose_subln(student, wanted.subln)
+    needs_batches = wanted.subln_init == "calibrated" and subln != "none"
     report = convert_to_bitnet(
         student,
         ConversionConfig(
             exclude=tuple(wanted.exclude_layers),
-            subln=wanted.subln,
+            subln=subln,
             subln_init=wanted.subln_init if needs_batches else "ones",
             calibration_batches=calibration if needs_batches else None,
         ),
