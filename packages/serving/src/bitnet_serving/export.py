@@ -20,7 +20,7 @@ from bitnet_serving.architectures import (
     ModelTraits,
     choose_architecture,
 )
-from bitnet_serving.checkpoint_source import CheckpointSource, open_source
+from bitnet_serving.checkpoint_source import CheckpointSource, open_source, refuse_unfinished
 from bitnet_serving.dense_activations import DenseActivationsCost, cost_of_dense_activations
 from bitnet_serving.file_tensors import FileTensors, ScaleLostError, require_i2_s
 from bitnet_serving.formats import DENSE_FORMATS, GGUF_FORMATS, TERNARY_FORMATS
@@ -116,7 +116,12 @@ def export_gguf(
     )
     body = body or _preferred(source, prefer, embeddings, head)
     embeddings, head = table_types(source, body, embeddings, head)
-    _refuse_unfinished(source, body, at_full_quantisation=at_full_quantisation)
+    refuse_unfinished(
+        source.directory,
+        source.record,
+        allowed=at_full_quantisation,
+        takes_plain_activations=body in ("f16", "bf16"),
+    )
     is_sparse = _is_sparse(source, allowed=dense_activations)
     _check_lrc(source, body, merge=merge_lrc, adapter=lora is not None, in_blocks=scales == "blocks")
     if body == "i2_s":
@@ -212,25 +217,6 @@ def _preferred(source: CheckpointSource, prefer: str | None, embeddings: str | N
         if name != "i2_s"  # another engine's
     }
     return min(sizes, key=sizes.__getitem__)
-
-
-def _refuse_unfinished(source: CheckpointSource, body: str, *, at_full_quantisation: bool) -> None:
-    """Engines know neither λ nor μ."""
-    if at_full_quantisation:
-        return
-    for path in source.record.ternary:
-        settings = source.record.settings_of(path)
-        amounts = ("quant_amount", "activation_amount", "subln_amount")
-        found = [f"{name} {settings[name]:g}" for name in amounts if settings[name] != 1]
-        if not settings["quantizes_activations"]:
-            # Types of plain numbers take activations as they are.
-            found = ["activations that are not quantised"] if body not in ("f16", "bf16") else found[:1]
-        if found:
-            raise UserError(
-                f"{source.directory}: not at full quantisation, which is all that engines compute",
-                found=f"{path} with {', '.join(found)}",
-                fix="train until λ = μ = 1, or export what it would be there: --at-full-quantisation",
-            )
 
 
 def _is_sparse(source: CheckpointSource, *, allowed: bool) -> bool:
