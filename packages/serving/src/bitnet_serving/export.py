@@ -95,13 +95,15 @@ def export_gguf(
     merge_lrc: bool = False,
     lora: str | PathLike[str] | None = None,
     tokenizer: str | PathLike[str] | None = None,
+    name: str | None = None,
     replace_existing: bool = False,
 ) -> ExportReport:
     """Write a checkpoint (or the newest one of a run) to `out`.
 
     Without `body`, `prefer` chooses among the types that hold ternary weights to the bit: `speed` (the
     default) the one that decodes fastest, `size` the one of fewest bytes. Low-rank corrections go to `lora`,
-    an adapter for this very file, or into weights that are not ternary any more (`merge_lrc`).
+    an adapter for this very file, or into weights that are not ternary any more (`merge_lrc`). The file says
+    `name`, else the directory's.
     """
     _require_choice("--type", body, BODY_TYPES)
     _require_choice("--embeddings", embeddings, TABLE_TYPES)
@@ -143,7 +145,7 @@ def export_gguf(
     )
     tokenizer_dir = Path(tokenizer) if tokenizer else source.directory
     text = read_tokenizer(tokenizer_dir, vocab_size=rows, without=without)
-    metadata = _metadata(source, architecture, body, padding, text, rows)
+    metadata = _metadata(source, architecture, body, padding, text, rows, name)
     # First, so that a model never stands there without its corrections.
     adapter = None if lora is None else _write_adapter(lora, tensors, source, replace_existing)
     try:
@@ -289,9 +291,11 @@ def _metadata(
     padding: Padding,
     text: TokenizerMetadata,
     vocab_size: int,
+    name: str | None,
 ) -> dict[str, MetaValue]:
-    name = source.directory.resolve().parents[1].name if "run_fingerprint" in source.provenance else None
-    name = name or source.directory.resolve().name
+    in_run = "run_fingerprint" in source.provenance
+    directory = source.directory.resolve()
+    name = name or (directory.parents[1].name if in_run else "") or directory.name
     metadata: dict[str, MetaValue] = {
         "general.architecture": architecture.name,
         "general.type": "model",
