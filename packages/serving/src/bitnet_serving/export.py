@@ -1,6 +1,6 @@
 """Export a checkpoint as a GGUF file that llama.cpp or Microsoft's engine runs: written whole or not at all.
 
-    from bitnet_serving import export_gguf
+    from bitnet_serving.export import export_gguf
 
     print(export_gguf("outputs/run", "model.gguf"))
 
