@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from resident import forget_peak, resident
 from safetensors.torch import load_file
 from shapes import SMOLLM2
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -58,16 +59,6 @@ def save(model: PreTrainedModel, optimizer: torch.optim.Optimizer, target: Path)
     write_checkpoint(target, model, state, tokenizer=None, stage="benchmark")
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     return parameters + sum(tensor.nbytes for tensor in tensors.values())
-
-
-def resident(name: str) -> int:
-    """Bytes that the kernel counts: VmRSS now, VmHWM at most since `forget_peak`."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def check() -> bool:

@@ -68,7 +68,7 @@ def build(config: dict[str, Any], *, sub_norms: bool) -> PreTrainedModel:
     settings = AutoConfig.for_model(**config | {"hidden_size": config["num_attention_heads"]})
     settings.hidden_size = config["hidden_size"]
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(settings)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)
     model.tie_weights()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -122,6 +122,27 @@ def newest_of_run(directory: Path) -> Path:
     return newest
 
 
+def refuse_unfinished(
+    directory: Path, record: BitnetRecord, *, allowed: bool, takes_plain_activations: bool = False
+) -> None:
+    """Whatever runs an export knows neither λ nor μ: UserError below 1, unless that is `allowed`."""
+    if allowed:
+        return
+    for path in record.ternary:
+        settings = record.settings_of(path)
+        amounts = ("quant_amount", "activation_amount", "subln_amount")
+        found = [f"{name} {settings[name]:g}" for name in amounts if settings[name] != 1]
+        if not settings["quantizes_activations"]:
+            # Types of plain numbers take activations as they are.
+            found = found[:1] if takes_plain_activations else ["activations that are not quantised"]
+        if found:
+            raise UserError(
+                f"{directory}: not at full quantisation, which is all that engines compute",
+                found=f"{path} with {', '.join(found)}",
+                fix="train until λ = μ = 1, or export what it would be there: --at-full-quantisation",
+            )
+
+
 def _refuse_dense(directory: Path) -> None:
     """A model of transformers that nobody converted has more to say than that a file is missing."""
     if (directory / "config.json").is_file() and not (directory / RECORD_NAME).exists():
@@ -206,11 +227,11 @@ def _provenance(directory: Path) -> dict[str, str | int]:
     for key in ("step", "stage"):
         if isinstance(value := manifest.metadata.get(key), str | int):
             found[key] = value
-    fingerprint = _run_fingerprint(directory)
+    fingerprint = run_fingerprint(directory)
     return found | ({"run_fingerprint": fingerprint} if fingerprint else {})
 
 
-def _run_fingerprint(directory: Path) -> str | None:
+def run_fingerprint(directory: Path) -> str | None:
     """Of a checkpoint that still lies in its run."""
     if directory.parent.name != CHECKPOINTS:
         return None

@@ -32,11 +32,6 @@ export_app = typer.Typer(
 app.add_typer(export_app, name="export")
 
 
-@export_app.callback()
-def _export() -> None:
-    """Keeps `gguf` a command of its own while it is the only one."""
-
-
 @export_app.command("gguf")
 def export_gguf(
     checkpoint: Annotated[Path, typer.Argument(help="The directory of a checkpoint, or of a run.")],
@@ -109,6 +104,58 @@ def export_gguf(
         verification = verify_gguf(out, checkpoint, lora=lora)
         typer.echo(f"\n{verification}")
         raise typer.Exit(verification.exit_code)
+
+
+PACKED = typer.Option("--packed", help="Codes and scales, four weights to a byte.")
+AT_FULL = typer.Option("--at-full-quantisation", help="Even if λ or μ is below 1: export what 1 is.")
+
+
+@export_app.command("hf")
+def export_hf(
+    checkpoint: Annotated[Path, typer.Argument(help="The directory of a checkpoint, or of a run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="The directory to write.")],
+    packed: Annotated[bool, PACKED] = False,
+    at_full_quantisation: Annotated[bool, AT_FULL] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT_DIR if an export is there.")] = False,
+) -> None:
+    """A directory that transformers loads with no code of ours, with a model card of the run's numbers."""
+    from bitnet_serving.stock_export import export_hf as run
+
+    report = run(
+        checkpoint,
+        out,
+        packed=packed,
+        at_full_quantisation=at_full_quantisation,
+        replace_existing=force,
+    )
+    typer.echo(str(report))
+
+
+@export_app.command("hub")
+def export_hub(
+    checkpoint: Annotated[Path, typer.Argument(help="The directory of a checkpoint, or of a run.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="On the hub; made if need be.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print which files would go there; needs no network.")
+    ] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Where it has to be made, for yourself alone.")
+    ] = False,
+    packed: Annotated[bool, PACKED] = False,
+    at_full_quantisation: Annotated[bool, AT_FULL] = False,
+) -> None:
+    """What `hf` writes, on the Hugging Face hub, by the token in HF_TOKEN or of `hf auth login`."""
+    from bitnet_serving.hub import export_hub as run
+
+    report = run(
+        checkpoint,
+        repository,
+        dry_run=dry_run,
+        private=private,
+        packed=packed,
+        at_full_quantisation=at_full_quantisation,
+    )
+    typer.echo(str(report))
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Export a checkpoint as a GGUF file that llama.cpp or Microsoft's engine runs: written whole or not at all.
 
-    from bitnet_serving import export_gguf
+    from bitnet_serving.export import export_gguf
 
     print(export_gguf("outputs/run", "model.gguf"))
 
@@ -20,7 +20,7 @@ from bitnet_serving.architectures import (
     ModelTraits,
     choose_architecture,
 )
-from bitnet_serving.checkpoint_source import CheckpointSource, open_source
+from bitnet_serving.checkpoint_source import CheckpointSource, open_source, refuse_unfinished
 from bitnet_serving.dense_activations import DenseActivationsCost, cost_of_dense_activations
 from bitnet_serving.file_tensors import FileTensors, ScaleLostError, require_i2_s
 from bitnet_serving.formats import DENSE_FORMATS, GGUF_FORMATS, TERNARY_FORMATS
@@ -95,13 +95,15 @@ def export_gguf(
     merge_lrc: bool = False,
     lora: str | PathLike[str] | None = None,
     tokenizer: str | PathLike[str] | None = None,
+    name: str | None = None,
     replace_existing: bool = False,
 ) -> ExportReport:
     """Write a checkpoint (or the newest one of a run) to `out`.
 
     Without `body`, `prefer` chooses among the types that hold ternary weights to the bit: `speed` (the
     default) the one that decodes fastest, `size` the one of fewest bytes. Low-rank corrections go to `lora`,
-    an adapter for this very file, or into weights that are not ternary any more (`merge_lrc`).
+    an adapter for this very file, or into weights that are not ternary any more (`merge_lrc`). The file says
+    `name`, else the directory's.
     """
     _require_choice("--type", body, BODY_TYPES)
     _require_choice("--embeddings", embeddings, TABLE_TYPES)
@@ -116,7 +118,12 @@ def export_gguf(
     )
     body = body or _preferred(source, prefer, embeddings, head)
     embeddings, head = table_types(source, body, embeddings, head)
-    _refuse_unfinished(source, body, at_full_quantisation=at_full_quantisation)
+    refuse_unfinished(
+        source.directory,
+        source.record,
+        allowed=at_full_quantisation,
+        takes_plain_activations=body in ("f16", "bf16"),
+    )
     is_sparse = _is_sparse(source, allowed=dense_activations)
     _check_lrc(source, body, merge=merge_lrc, adapter=lora is not None, in_blocks=scales == "blocks")
     if body == "i2_s":
@@ -138,7 +145,7 @@ def export_gguf(
     )
     tokenizer_dir = Path(tokenizer) if tokenizer else source.directory
     text = read_tokenizer(tokenizer_dir, vocab_size=rows, without=without)
-    metadata = _metadata(source, architecture, body, padding, text, rows)
+    metadata = _metadata(source, architecture, body, padding, text, rows, name)
     # First, so that a model never stands there without its corrections.
     adapter = None if lora is None else _write_adapter(lora, tensors, source, replace_existing)
     try:
@@ -214,25 +221,6 @@ def _preferred(source: CheckpointSource, prefer: str | None, embeddings: str | N
     return min(sizes, key=sizes.__getitem__)
 
 
-def _refuse_unfinished(source: CheckpointSource, body: str, *, at_full_quantisation: bool) -> None:
-    """Engines know neither λ nor μ."""
-    if at_full_quantisation:
-        return
-    for path in source.record.ternary:
-        settings = source.record.settings_of(path)
-        amounts = ("quant_amount", "activation_amount", "subln_amount")
-        found = [f"{name} {settings[name]:g}" for name in amounts if settings[name] != 1]
-        if not settings["quantizes_activations"]:
-            # Types of plain numbers take activations as they are.
-            found = ["activations that are not quantised"] if body not in ("f16", "bf16") else found[:1]
-        if found:
-            raise UserError(
-                f"{source.directory}: not at full quantisation, which is all that engines compute",
-                found=f"{path} with {', '.join(found)}",
-                fix="train until λ = μ = 1, or export what it would be there: --at-full-quantisation",
-            )
-
-
 def _is_sparse(source: CheckpointSource, *, allowed: bool) -> bool:
     """Does it leave activations out? UserError when that is so and not `allowed` to be lost."""
     for path in source.record.ternary:
@@ -303,9 +291,11 @@ def _metadata(
     padding: Padding,
     text: TokenizerMetadata,
     vocab_size: int,
+    name: str | None,
 ) -> dict[str, MetaValue]:
-    name = source.directory.resolve().parents[1].name if "run_fingerprint" in source.provenance else None
-    name = name or source.directory.resolve().name
+    in_run = "run_fingerprint" in source.provenance
+    directory = source.directory.resolve()
+    name = name or (directory.parents[1].name if in_run else "") or directory.name
     metadata: dict[str, MetaValue] = {
         "general.architecture": architecture.name,
         "general.type": "model",

@@ -386,7 +386,7 @@ def data(context: typer.Context) -> None:
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def export(context: typer.Context) -> None:
-    """Write a checkpoint for an engine: gguf."""
+    """Write a checkpoint for others: gguf for engines, hf for transformers, hub."""
     from bitnet_serving.cli import export_app
 
     export_app(context.args or ["--help"], prog_name="wrinklefree export", standalone_mode=False)
