@@ -40,4 +40,4 @@ chaos: ## Kill training 210 times and compare every bit (half an hour).
 	uv run pytest tests/test_chaos.py -m slow --kills 70 -s
 
 fuzz: ## Read 10,000 damaged files of each kind that serving reads (ten minutes).
-	uv run pytest packages/serving/tests/test_fuzz.py -m slow
+	uv run pytest packages/serving/tests/test_fuzz.py -m fuzz

@@ -50,7 +50,7 @@ ODD += [b'"\\ud800"', b"../../x", b"A" * 3000, b"true", b'{"a":', b"GGUF", b"\x8
 LARGEST_GROWTH_KB = 2**20
 LONGEST_SECONDS = 5
 
-num_cases = pytest.mark.parametrize("num_cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+num_cases = pytest.mark.parametrize("num_cases", [FEW, pytest.param(MANY, marks=pytest.mark.fuzz)])
 
 
 def mutated(seed: bytes, case: int) -> bytes:
