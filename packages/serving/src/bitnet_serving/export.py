@@ -39,10 +39,10 @@ SCALES = ("blocks", "tensors")
 FILE_TYPES = {"f16": 1, "q8_0": 7, "bf16": 32, "tq1_0": 36, "tq2_0": 37, "i2_s": 40, "q2_0": 41}
 """`general.file_type`."""
 DECODE_COST = {
-    "tq1_0": "decodes at about 0.7 of the speed of tq2_0",
-    "q2_0": "decodes at about a tenth of the speed of tq2_0: upstream has no SIMD kernel for it on x86",
+    "tq1_0": "decodes more slowly than tq2_0; `wrinklefree bench` says by how much here",
+    "q2_0": "decodes far more slowly than tq2_0: upstream has no SIMD kernel for it on x86",
 }
-"""Measured on SmolLM2-135M's shape with upstream llama.cpp on two x86 cores."""
+"""What the fewest bytes are paid with."""
 NAMES_WITH_RULES = re.compile("phi-?3|modern-bert", re.IGNORECASE)
 """Engines treat special tokens in a way of their own in a model whose name has one of these."""
 
