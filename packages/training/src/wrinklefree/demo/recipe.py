@@ -70,6 +70,7 @@ class Recipe:
             f"training.batch_size={self.batch_size}",
             "training.gradient_accumulation_steps=1",
             f"training.max_steps={self.steps}",
+            "export.target=hf",  # its tokenizer has a word for each digit, which no engine splits text by
             "training.auto_convert.subln=output",
             "training.subln_warmup.enabled=false",
             "training.optimizer.type=adamw",
