@@ -14,6 +14,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,10 +142,19 @@ class LoadedFile:
         return answer
 
 
+def _wait_for_log() -> None:
+    """The engine logs its reasons from a thread of its own: until nothing has come for a second."""
+    size = -1
+    while (grown := os.fstat(sys.stderr.fileno()).st_size) != size:
+        size = grown
+        time.sleep(1)
+
+
 if __name__ == "__main__":
     try:
         main()
     except Exception as error:
+        _wait_for_log()
         # Not through the interpreter's end: the engine's threads would be asked to end first, and may hang.
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
