@@ -13,7 +13,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,9 +87,9 @@ def peak_bytes(model: nn.Module, teacher: LocalTeacher, row: str, batch: Batch) 
     return live.peak - before
 
 
-def compare(model: nn.Module, teacher: LocalTeacher, batch: Batch, repeats: int) -> None:
-    prepared = {row: managers(row) for row in ROWS}
-    seconds: dict[str, list[float]] = {row: [] for row in ROWS}
+def compare(model: nn.Module, teacher: LocalTeacher, batch: Batch, repeats: int, rows: Sequence[str]) -> None:
+    prepared = {row: managers(row) for row in rows}
+    seconds: dict[str, list[float]] = {row: [] for row in rows}
     for turn in range(repeats + 1):  # the first one warms up
         for row, each in prepared.items():
             started = time.process_time()
@@ -139,6 +139,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=[*ROWS][1:], action="append", help="one row; may be repeated")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.check_only:
@@ -148,7 +149,8 @@ def main() -> int:
     teacher = LocalTeacher(LlamaForCausalLM(LlamaConfig(**SMOLLM2)))
     batch = made_up_batch(options.batch, options.tokens, SMOLLM2["vocab_size"])
     print(f"SmolLM2-135M's shape, {options.batch} × {options.tokens} tokens, one thread\n")
-    compare(model, teacher, batch, options.repeats)
+    rows = ["next token", *options.only] if options.only else [*ROWS]
+    compare(model, teacher, batch, options.repeats, rows)
     return 0
 
 
